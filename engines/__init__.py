@@ -1,0 +1,1 @@
+"""Engine backends; one file per backend, the folder is the registry."""

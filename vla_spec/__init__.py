@@ -1,0 +1,3 @@
+"""vla_spec: deadline-aware speculative decoding of robot policies."""
+
+__version__ = "0.1.0"

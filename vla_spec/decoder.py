@@ -1,0 +1,128 @@
+"""THE loop: draft, verify, judge, commit, until the chunk is whole or time is up. Start reading here.
+
+Source: Leviathan et al. 2023, arXiv:2211.17192 (draft and verify); Miao et al. 2023, arXiv:2305.09781 (token trees).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vla_spec.interfaces import AcceptanceRule, ChunkHistory, DeadlineController, Drafter, Engine
+from vla_spec.types import (
+    EMPTY_DRAFT,
+    Committed,
+    Decoded,
+    EngineInputs,
+    Int32,
+    Provenance,
+    Round,
+    StopReason,
+)
+
+
+class SpeculativeDecoder:
+    """Decodes one chunk of ``num_tokens`` tokens. Not thread-safe; call from the planner only.
+
+    Each round the target scores the last token together with the draft in one forward, so that the row before each
+    drafted token judges it. An empty draft is plain autoregressive decoding: neither the prefill nor gamma = 0 is a
+    special case.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        drafter: Drafter,
+        rule: AcceptanceRule,
+        controller: DeadlineController,
+        num_tokens: int,
+        now_ns: Callable[[], int],
+        rng: np.random.Generator,
+    ) -> None:
+        self.engine, self.drafter, self.rule, self.controller = engine, drafter, rule, controller
+        self.num_tokens, self._now_ns, self._rng = num_tokens, now_ns, rng
+        width = engine.max_step
+        self._step_tokens = np.zeros(width, np.int32)  # the last token, then the draft
+        self._step_parents = np.full(width, -1, np.int32)
+        self._step_path = np.zeros(width, np.int32)
+        self._tokens = np.zeros(num_tokens + width, np.int32)
+        self._deviation = np.zeros(num_tokens + width, np.float32)
+        self._provenance = np.zeros(num_tokens + width, np.uint8)
+
+    def decode(self, inputs: EngineInputs, deadline_ns: int, history: ChunkHistory | None = None) -> Decoded:
+        """Decode until the chunk is whole or the controller stops.
+
+        Args:
+            inputs: what the adapter made of the observation.
+            deadline_ns: on the clock that was given to the constructor.
+            history: the previous chunk, for drafters that start from it.
+
+        Returns:
+            At least one token unless the very first scores were not finite.
+        """
+        engine, controller, now_ns = self.engine, self.controller, self._now_ns
+        controller.begin()
+        rounds: list[Round] = []
+        tokens, m, tolerance, draft = self._tokens, 0, 1.0, EMPTY_DRAFT
+
+        start = now_ns()
+        scores = engine.prefill(inputs)
+        scored = now_ns()
+        self.drafter.begin(inputs, history)
+        drafted = start  # the prefill drafts nothing
+        while True:
+            if not np.isfinite(scores.logits).all():
+                return self._result(m, rounds, StopReason.BAD_SCORES)
+            verdict = self.rule.judge(draft, scores, Committed(tokens[:m], self._deviation[:m]), self._rng, tolerance)
+            judged = now_ns()
+            if m:
+                engine.commit(self._path_with_root(verdict.path))
+            m = self._append(m, draft.tokens, verdict.path, verdict.relaxed, verdict.deviation, verdict.next_token)
+            done = now_ns()
+            num_relaxed = int(np.count_nonzero(verdict.relaxed))
+            rounds.append(
+                Round(len(draft.tokens), len(verdict.path), num_relaxed,
+                      drafted - start, scored - drafted, judged - scored, done - judged, done - start)
+            )  # fmt: skip
+            controller.record(rounds[-1])
+            if m >= self.num_tokens:
+                return self._result(self.num_tokens, rounds, StopReason.COMPLETE)
+
+            start = now_ns()
+            plan = controller.plan(deadline_ns - start, self.num_tokens - m)
+            if plan is None:
+                return self._result(m, rounds, StopReason.DEADLINE)
+            tolerance = plan.tolerance
+            # A bonus token always follows the path, so a path longer than this would be thrown away.
+            room = min(plan.gamma, engine.max_step - 1), min(plan.depth, self.num_tokens - m - 1)
+            draft = EMPTY_DRAFT
+            if min(room) > 0:
+                limits = plan._replace(gamma=room[0], depth=room[1])
+                draft = self.drafter.propose(tokens[:m], limits, engine.features)
+            n = 1 + len(draft.tokens)
+            self._step_tokens[0] = tokens[m - 1]
+            self._step_tokens[1:n] = draft.tokens
+            np.add(draft.parents, 1, out=self._step_parents[1:n])
+            drafted = now_ns()
+            scores = engine.step(self._step_tokens[:n], self._step_parents[:n])
+            scored = now_ns()
+
+    def _path_with_root(self, path: Int32) -> Int32:
+        """Nodes of the step: the last token is node 0, drafted node i is node i + 1."""
+        np.add(path, 1, out=self._step_path[1 : len(path) + 1])
+        return self._step_path[: len(path) + 1]
+
+    def _append(self, m, drafted, path, relaxed, deviation, next_token) -> int:  # type: ignore[no-untyped-def]
+        """Write the accepted tokens and the one that follows; returns the new length."""
+        end = m + len(path)
+        self._tokens[m:end] = drafted[path]
+        self._deviation[m:end] = deviation
+        self._provenance[m:end] = relaxed  # False = Provenance.EXACT, True = Provenance.RELAXED
+        self._tokens[end], self._deviation[end], self._provenance[end] = next_token, 0.0, Provenance.EXACT
+        return end + 1
+
+    def _result(self, m: int, rounds: list[Round], stop: StopReason) -> Decoded:
+        return Decoded(
+            self._tokens[:m].copy(), self._provenance[:m].copy(), self._deviation[:m].copy(), tuple(rounds), stop
+        )
