@@ -67,10 +67,10 @@ class SpeculativeDecoder:
         tokens, m, tolerance, draft = self._tokens, 0, 1.0, EMPTY_DRAFT
 
         start = now_ns()
+        self.drafter.begin(inputs, history)
+        drafted = now_ns()
         scores = engine.prefill(inputs)
         scored = now_ns()
-        self.drafter.begin(inputs, history)
-        drafted = start  # the prefill drafts nothing
         while True:
             if not np.isfinite(scores.logits).all():
                 return self._result(m, rounds, StopReason.BAD_SCORES)
