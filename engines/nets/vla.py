@@ -170,7 +170,7 @@ class VLA(nn.Module):
         """images uint8 [n, cameras, h, w, 3], words int64 [n, max_words], state [n, s] -> [n, prompt, width]."""
         c, n = self.config, len(images)
         pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() * (2 / 255) - 1
-        maps = self.stem(pixels).view(n, c.num_cameras, -1)
+        maps = self.stem(pixels).reshape(n, c.num_cameras, -1)
         visual = [
             proj(norm(maps[:, i])).view(n, c.tokens_per_camera, c.width)
             for i, (norm, proj) in enumerate(zip(self.camera_norm, self.camera_proj, strict=True))

@@ -1,0 +1,1 @@
+"""One file per option; the folder is the registry."""
