@@ -183,19 +183,38 @@ class VLA(nn.Module):
         own = self.state_down(F.gelu(self.state_up(normal)))[:, None]
         return torch.cat((*visual, weight @ word, own), 1) + self.position[: c.prompt_length]
 
-    def hidden(self, prompt: Tensor, tokens: Tensor) -> Tensor:
-        """Final hidden states [n, prompt + k, width], teacher-forced. prompt [n, p, width], tokens int64 [n, k]."""
+    def run_blocks(self, x: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]] | None = None):
+        """All layers over k rows x [n, k, width]; mask additive [k, past + k] (or [n, 1, k, past + k]).
+
+        Returns:
+            final hidden states [n, k, width]; features [n, k, 3 * width], what drafters see (a third, two thirds and
+            the end of the way, as EAGLE-3, arXiv:2503.01840); and the (key, value) rows of every layer.
+        """
+        taps, rows = [], []
+        third = len(self.blocks) // 3
+        for i, block in enumerate(self.blocks):
+            x, row = block(x, mask, past[i] if past else None)
+            rows.append(row)
+            if i + 1 in (third, 2 * third):
+                taps.append(x)
+        x = self.final_norm(x)
+        return x, torch.cat((*taps, x), -1), rows
+
+    def hidden(self, prompt: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher-forced final hidden states [n, p + k, width] and features [n, p + k, 3 * width].
+
+        prompt [n, p, width], tokens int64 [n, k].
+        """
         p, k = self.config.prompt_length, tokens.shape[1]
         x = torch.cat((prompt, self.token(tokens) + self.position[p : p + k]), 1)
         mask = torch.full((p + k, p + k), float("-inf")).triu(1)
         mask[:p, :p] = 0
-        for block in self.blocks:
-            x, _ = block(x, mask)
-        return self.final_norm(x)
+        x, features, _ = self.run_blocks(x, mask)
+        return x, features
 
     def forward(self, images: Tensor, words: Tensor, state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits [n, T, bins] for a whole chunk, and the hidden states [n, T, width] behind them."""
-        hidden = self.hidden(self.embed_prompt(images, words, state), tokens[:, :-1])
+        hidden, _ = self.hidden(self.embed_prompt(images, words, state), tokens[:, :-1])
         hidden = hidden[:, self.config.prompt_length - 1 :]
         return self.head(hidden), hidden
 
