@@ -1,0 +1,179 @@
+"""Write a trained policy as a model folder: half-precision weights once, ONNX graphs that point into them, golden inputs.
+
+The graphs are exported in fp32 with every large weight replaced by "external half-precision tensor, then Cast", which
+ONNX Runtime folds when it loads. So a 12 M parameter policy ships as 24 MB for all engines together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from vla_spec.engines.nets.graphs import Prefill, Step
+from vla_spec.engines.nets.levels import NUM_BINS, TOKENIZER_HIGH, TOKENIZER_LOW
+from vla_spec.engines.nets.vla import VLA
+from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, save_half
+
+OPSET = 17
+SMALL = 64  # weights of fewer elements stay in the graph
+
+
+def safetensors_index(path: Path) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+    """Name -> (offset from the file's start, bytes, shape)."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    return {
+        name: (8 + size + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0], tuple(t["shape"]))
+        for name, t in header.items()
+        if name != "__metadata__"
+    }
+
+
+def point_to_weights(graph_file: Path, weights_file: Path, prefix: str, out: Path) -> None:
+    """Replace the graph's weights by references into a safetensors file; written atomically."""
+    model = onnx.load(graph_file)
+    index = safetensors_index(weights_file)
+    kept, casts = [], []
+    for tensor in model.graph.initializer:
+        name = tensor.name.removeprefix(prefix)
+        if name not in index or np.prod(tensor.dims) < SMALL:
+            kept.append(tensor)
+            continue
+        offset, length, shape = index[name]
+        assert shape == tuple(tensor.dims), f"{name}: {shape} {tensor.dims}"
+        half = onnx.TensorProto(
+            name=f"{tensor.name}.half", data_type=onnx.TensorProto.FLOAT16, dims=shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )  # fmt: skip
+        for key, value in (("location", weights_file.name), ("offset", offset), ("length", length)):
+            half.external_data.add(key=key, value=str(value))
+        kept.append(half)
+        casts.append(onnx.helper.make_node("Cast", [half.name], [tensor.name], to=onnx.TensorProto.FLOAT))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(casts + nodes)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_bytes(model.SerializeToString())
+    temporary.replace(out)
+    onnx.checker.check_model(str(out))
+
+
+def export_graph(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], input_names: list[str], output_names: list[str],
+    dynamic: dict[str, dict[int, str]], weights_file: Path, out: Path, prefix: str = "model.",
+) -> None:  # fmt: skip
+    """Trace a module and write it to ``out`` with its weights in ``weights_file``."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        raw = Path(folder) / "raw.onnx"
+        # Without constant folding the weights keep their names, which is how they are found in the safetensors file.
+        torch.onnx.export(
+            module, inputs, str(raw), input_names=input_names, output_names=output_names, dynamic_axes=dynamic,
+            opset_version=OPSET, do_constant_folding=False, dynamo=False,
+        )  # fmt: skip
+        point_to_weights(raw, weights_file, prefix, out)
+
+
+def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: dict[str, np.ndarray]) -> None:
+    """Write policy.json, target.safetensors, prefill.onnx, step.onnx and golden.npz into ``out``.
+
+    Args:
+        model: trained network. vocabulary: words by id.
+        golden_inputs: images uint8 [1, cameras, s, s, 3], words int64 [1, w], state float32 [1, s].
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    weights_file = out / "target.safetensors"
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_ONLY)}
+    save_half(weights_file, weights, {"config": config.to_json(), "vocabulary": json.dumps(vocabulary)})
+    model = load_model(weights_file)  # what is exported is what was written: rounded to half precision
+    heads, width = config.num_heads, config.width // config.num_heads
+    capacity, layers = config.prompt_length + config.num_tokens, config.num_layers
+    tensors = tuple(torch.from_numpy(golden_inputs[k]) for k in ("images", "words", "state"))
+    with torch.inference_mode():
+        export_graph(
+            Prefill(model), tensors, ["images", "words", "state"], ["logits", "features", "rows"], {}, weights_file,
+            out / "prefill.onnx",
+        )  # fmt: skip
+        past = [f"past_{i}_{kind}" for i in range(layers) for kind in ("key", "value")]
+        rows = [f"row_{i}_{kind}" for i in range(layers) for kind in ("key", "value")]
+        k = 3
+        step_inputs = (
+            torch.zeros(k, dtype=torch.long), torch.arange(k), torch.zeros(k, capacity + k),
+            *(torch.zeros(heads, capacity, width) for _ in past),
+        )  # fmt: skip
+        dynamic = {"tokens": {0: "k"}, "position": {0: "k"}, "mask": {0: "k", 1: "all"}}
+        dynamic |= {"logits": {0: "k"}, "features": {0: "k"}} | {name: {1: "k"} for name in rows}
+        export_graph(
+            Step(model), step_inputs, ["tokens", "position", "mask", *past], ["logits", "features", *rows], dynamic,
+            weights_file, out / "step.onnx",
+        )  # fmt: skip
+    policy: dict[str, Any] = {
+        "format": 1,
+        "weights_sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
+        "image_size": config.image_size,
+        "num_cameras": config.num_cameras,
+        "state_size": config.state_size,
+        "horizon": config.horizon,
+        "action_size": config.action_size,
+        "max_words": config.max_words,
+        "vocabulary": vocabulary,
+        "tokenizer": {
+            "name": "uniform_bins",
+            "vocab_size": NUM_BINS,
+            "low": [TOKENIZER_LOW] * config.action_size,
+            "high": [TOKENIZER_HIGH] * config.action_size,
+        },
+        "never_relaxed_dofs": [3],
+        "groups": [0, 0, 0, 1],
+        "state_low": [-1.0, -0.5, -0.5, -0.5],
+        "state_high": [1.0, 1.5, 1.5, 1.5],
+        "engine": {
+            "num_layers": layers,
+            "num_heads": heads,
+            "head_width": width,
+            "capacity": capacity,
+            "prompt_length": config.prompt_length,
+            "feature_width": 3 * config.width,
+            "vocab_size": NUM_BINS,
+        },
+    }
+    temporary = out / "policy.tmp"
+    temporary.write_text(json.dumps(policy, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out / "policy.json")
+    write_golden(out, golden_inputs)
+
+
+def write_golden(out: Path, inputs: dict[str, np.ndarray]) -> None:
+    """Run the reference engine on the golden inputs and keep what it says."""
+    from vla_spec.engines.pytorch import PyTorchEngine
+
+    engine = PyTorchEngine(out)
+    rng = np.random.default_rng(0)
+    chain = rng.integers(0, NUM_BINS, 6).astype(np.int32)
+    tree = rng.integers(0, NUM_BINS, 7).astype(np.int32)
+    golden = dict(inputs)
+    golden["prefill_logits"] = engine.prefill(inputs).logits
+    for name, tokens, parents in (
+        ("chain", chain, np.arange(-1, 5, dtype=np.int32)),
+        ("tree", tree, np.array([-1, 0, 0, 1, 2, 2, 4], np.int32)),
+    ):
+        golden |= {f"{name}_tokens": tokens, f"{name}_parents": parents}
+        golden[f"{name}_logits"] = engine.step(tokens, parents).logits.copy()
+    temporary = out / f".golden.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **golden)
+    temporary.replace(out / "golden.npz")

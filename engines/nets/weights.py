@@ -1,0 +1,58 @@
+"""Read and write network weights as safetensors: half precision on disk, single precision in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vla_spec.engines.nets.vla import VLA, VLAConfig
+from vla_spec.errors import BadModel
+
+#: Used in training only; not shipped.
+TRAINING_ONLY = ("ahead_up.", "ahead_down.", "ahead_position")
+
+
+def save_half(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write fp16 weights atomically. safetensors holds data only: no code, no pickle."""
+    half = {k: v.detach().to(torch.float16).contiguous().clone() for k, v in weights.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(half, temporary, metadata)
+    temporary.replace(path)
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """fp32 tensors and the metadata.
+
+    Raises:
+        BadModel: missing or corrupt.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k).float() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BadModel(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_model(path: Path) -> VLA:
+    """The policy network with shipped weights, in evaluation mode."""
+    weights, metadata = read_weights(path)
+    if "config" not in metadata:
+        raise BadModel(f"{path}: no network sizes in its header; export the model again")
+    model = VLA(VLAConfig.from_json(metadata["config"]))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [m for m in missing if not m.startswith(TRAINING_ONLY)]
+    if missing or unexpected:
+        raise BadModel(f"{path}: missing tensors {missing[:5]}, unexpected tensors {unexpected[:5]}")
+    return model.eval()
+
+
+def load_averaged(path: Path) -> tuple[VLA, list[str]]:
+    """The averaged weights of a training checkpoint, and the vocabulary."""
+    weights, metadata = read_weights(path)
+    model = VLA(VLAConfig.from_json(metadata["config"]))
+    model.load_state_dict({k[4:]: v for k, v in weights.items() if k.startswith("ema.")})
+    return model.eval(), json.loads(metadata["vocabulary"])
