@@ -1,0 +1,94 @@
+# Everything a user or a CI needs. `make help` lists it. Set-up is incremental: a stamp per lock file's contents.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+# The first interpreter that really starts (a version manager's shim may exist and still refuse).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
+# Arguments for `vla-spec`, as in: make run ARGS="--episodes 2 --tasks drawer-open"
+ARGS ?=
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+key = $(shell cat requirements/$(1).lock setup.py setup.cfg pyproject.toml | sha256sum | cut -c1-16)
+RUN_READY := $(VENV)/.ready-run-$(call key,run)
+TRAIN_READY := $(VENV)/.ready-train-$(call key,train)
+TEST_READY := $(VENV)/.ready-test-$(call key,test)
+VENV_READY := $(VENV)/.ready-venv
+
+# Installs one lock and the package itself (editable, without asking an index for its build tools).
+define install
+	@echo "installing requirements/$(1).lock into $(VENV)"
+	$(BIN)/python -m pip install -q -r requirements/$(1).lock
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.ready-$(1)-*
+	@touch $@
+endef
+
+.PHONY: help run bench test check fast lint types doctor setup-run setup-train setup-test system-check locks clean
+
+help: ## this list
+	@grep -E '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
+		while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+run: $(RUN_READY) system-check ## closed loop in the simulator with the shipped weights; ARGS="--episodes 5 --modes exact"
+	$(BIN)/vla-spec run $(ARGS)
+
+bench: $(RUN_READY) system-check ## every drafter with every rule on the same observations; ARGS=... as for run
+	$(BIN)/vla-spec bench $(ARGS)
+
+test: $(TEST_READY) system-check ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types fast ## what to run before a commit: ruff, mypy, fast tests
+
+lint: $(TEST_READY) ## ruff
+	$(BIN)/ruff check .
+
+types: $(TEST_READY) ## mypy, strict on the core
+	$(BIN)/mypy
+
+fast: $(TEST_READY) ## tests without the slow ones
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+doctor: $(RUN_READY) ## what this machine has, and what is missing for what
+	$(BIN)/vla-spec doctor
+
+setup-run: $(RUN_READY) ## environment for run and bench (no PyTorch)
+setup-train: $(TRAIN_READY) ## environment for collect, train, distill, export
+setup-test: $(TEST_READY) ## environment for the tests
+
+locks: ## resolve requirements/*.lock again (use Python 3.11)
+	$(PYTHON) requirements/lock.py
+
+clean: ## remove the environment and all caches; runs/ and data/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+system-check:
+	@if ! ldconfig -p 2>/dev/null | grep -qE 'lib(EGL|OSMesa)\.so'; then \
+		echo "note: no OpenGL library for rendering without a screen; the simulator needs one of"; \
+		echo "    apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"; \
+		echo "    apt-get install libosmesa6"; \
+	fi >&2
+
+$(VENV_READY):
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "error: no Python 3.11 or newer found; install it (apt-get install python3 python3-venv)" >&2; \
+		echo "       or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi
+	@if ! "$(PYTHON)" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+		echo "error: $(PYTHON) can't make virtual environments: apt-get install python3-venv" >&2; exit 1; fi
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(RUN_READY): | $(VENV_READY)
+	$(call install,run)
+
+$(TRAIN_READY): | $(VENV_READY)
+	$(call install,train)
+
+$(TEST_READY): | $(VENV_READY)
+	$(call install,test)

@@ -1,0 +1,1 @@
+"""Everything fitted on a device and written down with provenance: cost tables, tolerances, clock offsets."""

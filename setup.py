@@ -1,0 +1,63 @@
+"""Package vla_spec for pip and for colcon (ament_python): the same files, the same entry points.
+
+`engines`, `nodes` and `calib` lie at the top of the tree and are reached as `vla_spec.engines` and so on through
+relative symlinks inside `vla_spec/`; `find_packages` follows them, so a wheel holds real files.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "vla_spec"
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / NAME / "__init__.py").read_text())[1]
+
+CORE = ["numpy>=1.26", "pydantic>=2.6", "pyyaml>=6", "typer>=0.12", "rich>=13"]
+RUN = ["onnxruntime>=1.20", "safetensors>=0.4"]
+REPORT = ["jinja2>=3.1", "matplotlib>=3.8", "pillow>=10"]
+SIM = ["metaworld==3.1.1", "packaging", "mujoco"]  # metaworld forgets to name packaging
+TORCH = ["torch==2.13.0", "safetensors>=0.4"]
+TRAIN = [*TORCH, "onnx>=1.17", "onnxruntime>=1.20"]
+TEST = [*RUN, *REPORT, *SIM, *TRAIN, "hypothesis>=6", "mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML"]
+
+
+def share(target: str, pattern: str) -> list[tuple[str, list[str]]]:
+    """Files for `share/vla_spec/<target>`, where colcon and `ros2 launch` look for them."""
+    files = sorted(str(path.relative_to(HERE)) for path in HERE.glob(pattern) if path.is_file())
+    return [(f"share/{NAME}/{target}".rstrip("/"), files)] if files else []
+
+
+setup(
+    name=NAME,
+    version=VERSION,
+    description="Deadline-aware speculative decoding of Vision-Language-Action policies",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    maintainer="vla_spec maintainers",
+    maintainer_email="maintainers@example.com",
+    python_requires=">=3.10",
+    packages=find_packages(include=[NAME, f"{NAME}.*"]),
+    package_data={
+        NAME: ["py.typed", "modes/*.yaml", "templates/*.j2", "templates/*.css"],
+        f"{NAME}.calib": ["*.json", "*.yaml"],
+    },
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+        (f"share/{NAME}", ["package.xml"]),
+        *share("launch", "launch/*.launch.py"),
+        *share("params", "launch/params/*.yaml"),
+    ],
+    install_requires=CORE,
+    extras_require={
+        "run": RUN,
+        "report": REPORT,
+        "sim": SIM,
+        "torch": TORCH,
+        "train": TRAIN,
+        "test": sorted(set(TEST)),
+    },
+    entry_points={"console_scripts": ["vla-spec = vla_spec.cli:main"]},
+    zip_safe=False,
+)
