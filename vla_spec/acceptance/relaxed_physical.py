@@ -1,0 +1,162 @@
+"""Accept drafted tokens within an error budget in metres and radians: a cap per token and a sum per group.
+
+Source: the bin distance of Spec-VLA, arXiv:2507.22424, with the sum per group of HeiSD, arXiv:2603.17573, both taken
+through the un-normaliser so that the budget means the same on every robot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from vla_spec.acceptance._longest_path import depths, path_to
+from vla_spec.errors import BadConfig
+from vla_spec.interfaces import ActionTokenizer
+from vla_spec.plugins import Parts
+from vla_spec.types import Committed, Draft, Int32, Scores, TokenDomain, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Relaxed acceptance in physical units; 0 = exact.
+
+    Attributes:
+        cap: largest accepted distance of one token, one number for all or one per degree of freedom [A]. [m, rad]
+        budget: largest sum of distances over one group of the domain, likewise; degrees of freedom that share a
+            group must be given the same number. [m, rad]
+        respect_never_relaxed: keep switches (the domain's never-relaxed positions) exact.
+    """
+
+    cap: tuple[float, ...] = (0.0005,)
+    budget: tuple[float, ...] = (0.001,)
+    respect_never_relaxed: bool = True
+
+    def __post_init__(self) -> None:
+        for name, values in (("cap", self.cap), ("budget", self.budget)):
+            if not values or not min(values) >= 0:
+                raise BadConfig(f"{name} must be numbers >= 0, got {values}")
+
+
+@final
+class RelaxedPhysicalRule:
+    """``distance <= cap * tolerance`` and ``spent in the group + distance <= budget * tolerance``.
+
+    The target's own choice is its argmax after the (relaxed) prefix and has distance 0: it is always accepted. What a
+    group has spent counts the tokens of this chunk that were committed in earlier rounds and the draft's own path.
+    Among the longest acceptable paths the one with the least total distance wins; the accepted token is the draft's.
+    """
+
+    def __init__(self, options: Options, domain: TokenDomain, tokenizer: ActionTokenizer) -> None:
+        num_tokens, num_dofs = domain.num_tokens, domain.tokens_per_step
+        for name, values in (("cap", options.cap), ("budget", options.budget)):
+            if len(values) not in (1, num_dofs):
+                raise BadConfig(f"{name} needs 1 or {num_dofs} numbers, got {len(values)}")
+        dof = np.arange(num_tokens) % num_dofs
+        cap = np.broadcast_to(np.asarray(options.cap, np.float64), num_dofs)[dof].copy()  # [T]
+        if options.respect_never_relaxed:
+            cap[domain.never_relaxed] = 0.0
+        budget = np.broadcast_to(np.asarray(options.budget, np.float64), num_dofs)[dof]  # [T]
+        previous = np.full(num_tokens, -1, np.int32)  # [T] position before this one in the same group, -1 = none
+        last: dict[int, int] = {}
+        for position, group in enumerate(domain.group.tolist()):
+            before = last.get(group, -1)
+            if before >= 0 and budget[before] != budget[position]:
+                raise BadConfig(
+                    f"budget gives group {group} both {budget[before]} (degree of freedom {dof[before]}) and "
+                    f"{budget[position]} (degree of freedom {dof[position]}); one group has one budget"
+                )
+            previous[position] = before
+            last[group] = position
+        self._check_units(domain, tokenizer)
+        self._tokenizer = tokenizer
+        self._group = domain.group
+        self._caps: list[float] = cap.tolist()
+        self._budgets: list[float] = budget.tolist()
+        self._previous: list[int] = previous.tolist()
+        self._is_exact = not cap.any() or not budget.any()
+
+    @property
+    def exact(self) -> bool:
+        """Only if the cap or the budget is 0 everywhere."""
+        return self._is_exact
+
+    def judge(
+        self,
+        draft: Draft,
+        scores: Scores,
+        committed: Committed,
+        rng: np.random.Generator,
+        tolerance: float = 1.0,
+    ) -> Verdict:
+        """See `AcceptanceRule.judge`; deviations are in the physical unit of each position."""
+        choices = scores.logits.argmax(1)  # [k + 1]
+        parents: list[int] = draft.parents.tolist()
+        positions: Int32 = np.array(depths(parents), np.int32) + np.int32(len(committed.tokens))  # [k]
+        node_choices = choices[draft.parents + 1]  # [k] what the target would put in each node's place
+        # float64, so that a sum which equals the budget on paper is not refused for its rounding
+        distance: list[float] = self._tokenizer.distance(draft.tokens, node_choices, positions).astype(float).tolist()
+        differs: list[bool] = (draft.tokens != node_choices).tolist()
+
+        length = [0] + [-1] * len(parents)  # slot i + 1 is node i, slot 0 the root; -1 = not accepted
+        total = [0.0] * (len(parents) + 1)
+        spent = [0.0] * len(parents)  # what the node's group has spent once the node is accepted
+        leaf = 0
+        for node, (parent, position) in enumerate(zip(parents, positions.tolist(), strict=True)):
+            if length[parent + 1] < 0:
+                continue
+            spent[node] = self._spent_before(parent, position, parents, spent, committed)
+            off = 0.0
+            if differs[node]:
+                if position >= len(self._caps):
+                    continue
+                off = distance[node]
+                spent[node] += off
+                limit = self._budgets[position] * tolerance
+                if not (off <= self._caps[position] * tolerance and spent[node] <= limit * (1 + 1e-6)):
+                    continue
+                if off == 0.0:  # a distance too small to see is still not the target's choice
+                    continue
+            slot = node + 1
+            length[slot], total[slot] = length[parent + 1] + 1, total[parent + 1] + off
+            if length[slot] > length[leaf] or (length[slot] == length[leaf] and total[slot] < total[leaf]):
+                leaf = slot
+        path = path_to(leaf - 1, parents)
+        off_path = np.array([distance[node] if differs[node] else 0.0 for node in path], np.float32)
+        return Verdict(np.array(path, np.int32), int(choices[leaf]), off_path > 0, off_path)
+
+    def _spent_before(
+        self, parent: int, position: int, parents: list[int], spent: list[float], committed: Committed
+    ) -> float:
+        """What the group of ``position`` has spent on the path to ``parent`` and on committed tokens."""
+        before = self._previous[position] if position < len(self._previous) else -1
+        if before < 0:
+            return 0.0
+        if before < len(committed.tokens):
+            same = self._group[: before + 1] == self._group[before]
+            return float(committed.deviation[: before + 1] @ same)
+        for _ in range(position - before - 1):  # one step up where groups are runs of positions
+            parent = parents[parent]
+        return spent[parent]
+
+    @staticmethod
+    def _check_units(domain: TokenDomain, tokenizer: ActionTokenizer) -> None:
+        """Refuse to run if the tokenizer and the domain disagree about the physical size of a bin."""
+        positions = np.flatnonzero(~domain.never_relaxed).astype(np.int32)
+        first, last = np.zeros_like(positions), np.full_like(positions, domain.vocab_size - 1)
+        mean_bin = tokenizer.distance(first, last, positions) / np.float32(domain.vocab_size - 1)
+        stated = domain.unit_per_bin[positions]
+        wrong = np.flatnonzero(~np.isclose(mean_bin, stated, rtol=0.05, atol=0.0))
+        if len(wrong):
+            at = wrong[0]
+            raise BadConfig(
+                f"one bin at chunk position {positions[at]} is {mean_bin[at]:.3g} for the tokenizer but "
+                f"{stated[at]:.3g} for the adapter's domain (unit_per_bin); a tolerance in physical units needs both "
+                f"to agree: set the tokenizer's unit"
+            )
+
+
+def build(options: Options, parts: Parts) -> RelaxedPhysicalRule:
+    """Needs the domain's groups and the tokenizer's distance."""
+    return RelaxedPhysicalRule(options, parts.domain, parts.tokenizer)
