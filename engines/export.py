@@ -19,10 +19,11 @@ import numpy as np
 import onnx
 import torch
 
-from vla_spec.engines.nets.graphs import Prefill, Step
+from vla_spec.engines.nets.block_head import BlockHead
+from vla_spec.engines.nets.graphs import BlockDraft, Prefill, Step
 from vla_spec.engines.nets.levels import NUM_BINS, TOKENIZER_HIGH, TOKENIZER_LOW
 from vla_spec.engines.nets.vla import VLA
-from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, save_half
+from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, read_weights, save_half
 
 OPSET = 17
 SMALL = 64  # weights of fewer elements stay in the graph
@@ -177,3 +178,26 @@ def write_golden(out: Path, inputs: dict[str, np.ndarray]) -> None:
     with temporary.open("wb") as file:
         np.savez_compressed(file, **golden)
     temporary.replace(out / "golden.npz")
+
+
+def export_block_head(head: BlockHead, out: Path) -> None:
+    """Write block_head.safetensors and block_head.onnx into a model folder."""
+    c = head.config
+    weights_file = out / "block_head.safetensors"
+    save_half(weights_file, head.state_dict(), {"config": c.to_json()})
+    weights, _ = read_weights(weights_file)
+    head.load_state_dict(weights)
+    width = c.width // c.num_heads
+    past = torch.zeros(c.num_heads, c.capacity, width)
+    inputs = (
+        torch.zeros(3, c.feature_width), torch.arange(3), past, past, torch.zeros(1, 1, c.capacity + 3),
+        torch.zeros(1, dtype=torch.long), torch.arange(5), torch.zeros(5, dtype=torch.long),
+    )  # fmt: skip
+    names = ["features", "row", "past_key", "past_value", "mask", "last", "position", "history"]
+    dynamic = {"features": {0: "r"}, "row": {0: "r"}, "mask": {2: "all"}, "position": {0: "n"}, "history": {0: "n"}}
+    dynamic |= {"tokens": {0: "n"}, "probs": {0: "n"}, "keys": {1: "r"}, "values": {1: "r"}}
+    with torch.inference_mode():
+        export_graph(
+            BlockDraft(head.eval()), inputs, names, ["tokens", "probs", "keys", "values"], dynamic, weights_file,
+            out / "block_head.onnx",
+        )  # fmt: skip

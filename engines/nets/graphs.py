@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vla_spec.engines.nets.block_head import BlockHead
 from vla_spec.engines.nets.vla import VLA
 
 
@@ -54,3 +55,25 @@ class Step(nn.Module):
                 taps.append(x)
         x = model.final_norm(x)
         return model.head(x), torch.cat((*taps, x), -1), *rows
+
+
+class BlockDraft(nn.Module):
+    """The block head as one graph: new rows in, n drafted positions out.
+
+    features [r, D], row int64 [r], past_key / past_value [heads, capacity, head_width], mask [1, 1, capacity + r],
+    last int64 [1], position / history int64 [n] -> tokens int64 [n, 4], probs [n, 4], key and value rows.
+    """
+
+    def __init__(self, head: BlockHead) -> None:
+        super().__init__()
+        self.model = head
+
+    def forward(
+        self, features: Tensor, row: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, last: Tensor,
+        position: Tensor, history: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        keys, values = self.model.context(features, row)
+        all_keys, all_values = torch.cat((past_key, keys), 1), torch.cat((past_value, values), 1)
+        logits = self.model.draft(all_keys, all_values, mask[0], last, position, history)
+        probs, tokens = logits.softmax(-1).topk(4)
+        return tokens, probs, keys, values
