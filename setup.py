@@ -13,7 +13,7 @@ NAME = "vla_spec"
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / NAME / "__init__.py").read_text())[1]
 
-CORE = ["numpy>=1.26", "pydantic>=2.6", "pyyaml>=6", "typer>=0.12", "rich>=13"]
+CORE = ["numpy>=1.26", "pydantic>=2.6", "pyyaml>=6", "typer>=0.29", "rich>=13"]
 RUN = ["onnxruntime>=1.20", "safetensors>=0.4"]
 REPORT = ["jinja2>=3.1", "matplotlib>=3.8", "pillow>=10"]
 SIM = ["metaworld==3.1.1", "packaging", "mujoco"]  # metaworld forgets to name packaging
