@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vla_spec.interfaces import AcceptanceRule, ChunkHistory, DeadlineController, Drafter, Engine
+from vla_spec.interfaces import AcceptanceRule, ChunkHistory, DeadlineController, Drafter, Engine, ScoreObserver
 from vla_spec.types import (
     EMPTY_DRAFT,
     Committed,
@@ -19,6 +19,7 @@ from vla_spec.types import (
     Provenance,
     Round,
     StopReason,
+    Verdict,
 )
 
 
@@ -42,6 +43,7 @@ class SpeculativeDecoder:
     ) -> None:
         self.engine, self.drafter, self.rule, self.controller = engine, drafter, rule, controller
         self.num_tokens, self._now_ns, self._rng = num_tokens, now_ns, rng
+        self._observe = drafter.observe if isinstance(drafter, ScoreObserver) else None
         width = engine.max_step
         self._step_tokens = np.zeros(width, np.int32)  # the last token, then the draft
         self._step_parents = np.full(width, -1, np.int32)
@@ -76,9 +78,11 @@ class SpeculativeDecoder:
                 return self._result(m, rounds, StopReason.BAD_SCORES)
             verdict = self.rule.judge(draft, scores, Committed(tokens[:m], self._deviation[:m]), self._rng, tolerance)
             judged = now_ns()
+            if self._observe is not None:
+                self._observe(draft, scores)
             if m:
                 engine.commit(self._path_with_root(verdict.path))
-            m = self._append(m, draft.tokens, verdict.path, verdict.relaxed, verdict.deviation, verdict.next_token)
+            m = self._append(m, draft.tokens, verdict)
             done = now_ns()
             num_relaxed = int(np.count_nonzero(verdict.relaxed))
             rounds.append(
@@ -113,13 +117,13 @@ class SpeculativeDecoder:
         np.add(path, 1, out=self._step_path[1 : len(path) + 1])
         return self._step_path[: len(path) + 1]
 
-    def _append(self, m, drafted, path, relaxed, deviation, next_token) -> int:  # type: ignore[no-untyped-def]
+    def _append(self, m: int, drafted: Int32, verdict: Verdict) -> int:
         """Write the accepted tokens and the one that follows; returns the new length."""
-        end = m + len(path)
-        self._tokens[m:end] = drafted[path]
-        self._deviation[m:end] = deviation
-        self._provenance[m:end] = relaxed  # False = Provenance.EXACT, True = Provenance.RELAXED
-        self._tokens[end], self._deviation[end], self._provenance[end] = next_token, 0.0, Provenance.EXACT
+        end = m + len(verdict.path)
+        self._tokens[m:end] = drafted[verdict.path]
+        self._deviation[m:end] = verdict.deviation
+        self._provenance[m:end] = verdict.relaxed  # False = Provenance.EXACT, True = Provenance.RELAXED
+        self._tokens[end], self._deviation[end], self._provenance[end] = verdict.next_token, 0.0, Provenance.EXACT
         return end + 1
 
     def _result(self, m: int, rounds: list[Round], stop: StopReason) -> Decoded:

@@ -100,6 +100,22 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class ScoreObserver(Protocol):
+    """A drafter that learns from what the target said about its draft, rejected tokens included, has this too.
+
+    The decoder asks once, when it is made. See docs/decisions/0010-drafters-that-see-scores.md.
+    """
+
+    def observe(self, draft: Draft, scores: Scores) -> None:
+        """Called once per round, prefill included, before the verdict is committed. Copy what is to be kept.
+
+        Args:
+            draft: what was verified; empty after a prefill or a plain round.
+            scores: k + 1 finite rows, as for `AcceptanceRule.judge`.
+        """
+
+
+@runtime_checkable
 class AcceptanceRule(Protocol):
     """Decides which path of a draft is accepted, and which token follows. A pure function of its arguments."""
 
@@ -207,8 +223,8 @@ class Robot(Protocol):
 
 
 __all__ = [
-    "ActionTokenizer",
     "AcceptanceRule",
+    "ActionTokenizer",
     "Adapter",
     "ChunkHistory",
     "DeadlineController",
@@ -216,4 +232,5 @@ __all__ = [
     "Engine",
     "EngineInfo",
     "Robot",
+    "ScoreObserver",
 ]

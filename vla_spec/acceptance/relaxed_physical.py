@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
 from vla_spec.acceptance._longest_path import depths, path_to
 from vla_spec.errors import BadConfig
 from vla_spec.interfaces import ActionTokenizer
 from vla_spec.plugins import Parts
-from vla_spec.types import Committed, Draft, Int32, Scores, TokenDomain, Verdict
+from vla_spec.types import Committed, Draft, Float32, Int32, Scores, TokenDomain, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class RelaxedPhysicalRule:
             previous[position] = before
             last[group] = position
         self._check_units(domain, tokenizer)
+        self._check_cap(cap, domain.unit_per_bin)
         self._tokenizer = tokenizer
         self._group = domain.group
         self._caps: list[float] = cap.tolist()
@@ -154,6 +156,17 @@ class RelaxedPhysicalRule:
                 f"one bin at chunk position {positions[at]} is {mean_bin[at]:.3g} for the tokenizer but "
                 f"{stated[at]:.3g} for the adapter's domain (unit_per_bin); a tolerance in physical units needs both "
                 f"to agree: set the tokenizer's unit"
+            )
+
+    @staticmethod
+    def _check_cap(cap: npt.NDArray[np.float64], unit_per_bin: Float32) -> None:
+        """Refuse a tolerance that is meant to relax and can't: most likely it is in another unit."""
+        positions = np.flatnonzero(cap)
+        if len(positions) and (cap[positions] < unit_per_bin[positions] * (1 - 1e-6)).all():
+            at = int(np.argmin(unit_per_bin[positions] - cap[positions]))
+            raise BadConfig(
+                f"cap {cap[positions][at]:.3g} is less than one bin ({unit_per_bin[positions][at]:.3g}) everywhere and "
+                f"would relax nothing; state it in the tokenizer's physical unit, or set 0 for exact"
             )
 
 
