@@ -8,11 +8,13 @@ Source: Meta-World, Yu et al. 2019, arXiv:1910.10897.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
 
 from vla_spec.errors import BadObservation, UnknownOption
+from vla_spec.plugins import Parts
 from vla_spec.robots._gl import select_gl_backend
 from vla_spec.robots._metaworld_tasks import TASKS
 from vla_spec.types import Float32, Observation, UInt8
@@ -21,6 +23,21 @@ from vla_spec.types import Float32, Observation, UInt8
 #: library's own, so that an object covers about twice the pixels. The third one is the library's wrist camera.
 SIDE_AZIMUTHS_DEG = (150.0, 30.0)
 WRIST_CAMERA = "gripperPOV"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a configuration may set.
+
+    Attributes:
+        task: a name in `TASKS`.
+        image_size: pictures are image_size x image_size.
+        instruction: the words in every observation; None = the task's held-out sentence.
+    """
+
+    task: str = "drawer-open"
+    image_size: int = 96
+    instruction: str | None = None
 
 
 @final
@@ -114,7 +131,8 @@ class MetaWorldRobot:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns at every saturated action
             action = self._expert.get_action(self._obs)
-        return np.clip(action, -1, 1).astype(np.float32)
+        clipped: Float32 = np.clip(action, -1, 1).astype(np.float32)
+        return clipped
 
     def close(self) -> None:
         """Free the OpenGL context and the physics."""
@@ -122,4 +140,6 @@ class MetaWorldRobot:
         self._env.close()
 
 
-Plugin = MetaWorldRobot
+def build(options: Options, parts: Parts | None = None) -> MetaWorldRobot:
+    """A robot needs no other part."""
+    return MetaWorldRobot(options.task, options.image_size, options.instruction)
