@@ -8,7 +8,7 @@ played. Not thread-safe: owned by the actor.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import final
 
@@ -54,12 +54,17 @@ class ChunkOptions:
         max_chunks: chunks that are kept, at least 1.
         max_holds: holds in a row before the decelerating stop. Small: stops at each hiccup; large: a robot without a
             plan stands on its last command for that long.
+        is_shifted_by_holds: a chunk during whose planning the robot did nothing but hold is played from its first
+            action on: no action was consumed meanwhile and the arm is where it was seen. A planner that is slower
+            than a chunk is long then makes the robot stop and go; otherwise nothing of its chunks is ever in time.
+            Wrong where the world moves by itself.
     """
 
     hand_over: HandOver = HandOver.REPLACE
     ensemble_decay: float = 0.01
     max_chunks: int = 4
     max_holds: int = 8
+    is_shifted_by_holds: bool = False
 
     def __post_init__(self) -> None:
         if self.ensemble_decay < 0 or self.max_chunks < 1 or self.max_holds < 0:
@@ -85,11 +90,14 @@ class ChunkBuffer:
     def __init__(self, space: ActionSpace, tokens_per_step: int, options: ChunkOptions | None = None) -> None:
         self.space, self.tokens_per_step = space, tokens_per_step
         self.options = options or ChunkOptions()
+        if self.options.is_shifted_by_holds and DofKind.VELOCITY in space.kinds:
+            raise BadConfig("chunks.is_shifted_by_holds is True; valid: False, velocities go on during a hold")
         self._switches = space.mask(DofKind.SWITCH)
         self._chunks: deque[ActionChunk] = deque(maxlen=self.options.max_chunks)  # by observation step, oldest first
         #: Counters since construction. Chunks: accepted, refused because no action of theirs lies ahead, refused
         #: because a newer observation is already being played (or they belong to the episode before).
-        self.num_accepted = self.num_stale = self.num_out_of_order = 0
+        #: And of those accepted, how many were shifted by holds.
+        self.num_accepted = self.num_stale = self.num_out_of_order = self.num_shifted = 0
         self._commands_by_provenance = np.zeros(len(Provenance), np.int64)
         self._commands_by_rung = np.zeros(len(Rung), np.int64)
         self.reset()
@@ -144,6 +152,10 @@ class ChunkBuffer:
         if newest is not None and chunk.observation_step < newest.observation_step:
             self.num_out_of_order += 1
             return False
+        num_steps = self._next_step - chunk.observation_step  # that were played since its observation
+        if self.options.is_shifted_by_holds and 0 < num_steps <= self._holds_in_a_row:
+            chunk = replace(chunk, observation_step=self._next_step)
+            self.num_shifted += 1
         if _end(chunk) <= self._next_step:
             self.num_stale += 1
             return False

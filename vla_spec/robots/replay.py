@@ -51,9 +51,9 @@ class ReplayRobot:
 
     def __init__(self, options: Options) -> None:
         arrays = _load(Path(options.path))
-        self._images, self._state = arrays["images"], arrays["state"].astype(np.float32)
-        n = len(self._images)
-        self._steps = arrays.get("steps", np.arange(n))
+        self._images, self._state = arrays["images"], np.atleast_1d(arrays["state"]).astype(np.float32)
+        n = len(np.atleast_1d(self._images))
+        self._steps = np.atleast_1d(arrays.get("steps", np.arange(n)))
         where = f"replay: {options.path}"
         if self._images.dtype != np.uint8 or self._images.ndim != 5 or self._images.shape[-1] != 3 or n == 0:
             found = f"{self._images.dtype} {list(self._images.shape)}"
@@ -117,7 +117,7 @@ def _load(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise BadConfig(f"replay: {path}: no such file; valid: a .npz with images and state") from None
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise BadConfig(f"replay: {path}: not a .npz of plain arrays: {error}") from None
     missing = {"images", "state"} - set(arrays)
     if missing:
