@@ -1,0 +1,26 @@
+"""Strict numerics for all tests: what NumPy would whisper about is an error here."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60, database=None)
+settings.load_profile("repeatable")
+
+#: Libraries whose own warnings are not ours to fix.
+FOREIGN = ("torch", "onnxruntime", "onnx", "mujoco", "metaworld", "gymnasium", "glfw", "matplotlib", "imageio", "scipy")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    for library in FOREIGN:
+        config.addinivalue_line("filterwarnings", rf"default:::{library}(\..*)?")
+    # Raised from C code on behalf of whatever module is importing a SWIG or protobuf extension.
+    config.addinivalue_line("filterwarnings", "default:builtin type .* has no __module__ attribute:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+    """Overflow, division by zero and NaN from numbers raise."""
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        yield
