@@ -20,7 +20,8 @@ import onnx
 import torch
 
 from vla_spec.engines.nets.block_head import BlockHead
-from vla_spec.engines.nets.graphs import BlockDraft, Prefill, Step
+from vla_spec.engines.nets.feature_head import FeatureHead
+from vla_spec.engines.nets.graphs import BlockDraft, FeatureDraft, Prefill, Step
 from vla_spec.engines.nets.levels import NUM_BINS, TOKENIZER_HIGH, TOKENIZER_LOW
 from vla_spec.engines.nets.vla import VLA
 from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, read_weights, save_half
@@ -200,4 +201,27 @@ def export_block_head(head: BlockHead, out: Path) -> None:
         export_graph(
             BlockDraft(head.eval()), inputs, names, ["tokens", "probs", "keys", "values"], dynamic, weights_file,
             out / "block_head.onnx",
+        )  # fmt: skip
+
+
+def export_feature_head(head: FeatureHead, out: Path) -> None:
+    """Write feature_head.safetensors and feature_head.onnx into a model folder."""
+    c = head.config
+    weights_file = out / "feature_head.safetensors"
+    save_half(weights_file, head.state_dict(), {"config": c.to_json()})
+    weights, _ = read_weights(weights_file)
+    head.load_state_dict(weights)
+    past = torch.zeros(c.num_heads, c.capacity, c.width // c.num_heads)
+    inputs = (
+        torch.zeros(3, c.feature_width), torch.zeros(3, c.width), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long),
+        torch.arange(3), past, past, torch.zeros(3, c.capacity + 3),
+    )  # fmt: skip
+    names = ["features", "hidden", "is_own", "tokens", "position", "past_key", "past_value", "mask"]
+    dynamic = {name: {0: "r"} for name in ("features", "hidden", "is_own", "tokens", "position")}
+    dynamic |= {"mask": {0: "r", 1: "all"}, "best": {0: "r"}, "logp": {0: "r"}, "out": {0: "r"}}
+    dynamic |= {"keys": {1: "r"}, "values": {1: "r"}}
+    with torch.inference_mode():
+        export_graph(
+            FeatureDraft(head.eval()), inputs, names, ["best", "logp", "out", "keys", "values"], dynamic, weights_file,
+            out / "feature_head.onnx",
         )  # fmt: skip

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vla_spec.engines.nets.block_head import BlockHead, BlockHeadConfig
+from vla_spec.engines.nets.feature_head import FeatureHead, FeatureHeadConfig
 from vla_spec.engines.nets.demonstrations import Demonstrations, encode_words
 from vla_spec.engines.nets.vla import VLA
 from vla_spec.robots._metaworld_tasks import TASKS
@@ -151,18 +152,11 @@ def distill_block_head(
         head.history.weight[:-1].copy_(model.token.weight)
         head.head.load_state_dict(model.head.state_dict())
     optimiser = torch.optim.AdamW(head.parameters(), lr=options.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    start = 0
-    if checkpoint.exists():
-        saved = load_file(checkpoint)
-        start = int(saved.pop("step"))
-        head.load_state_dict(saved)
-        report(f"resumed at step {start}")
+    start = resume(head, checkpoint, report)
     train_rows, valid_rows = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
     rng, began = np.random.default_rng(options.seed + start), time.monotonic()
     for step in range(start, options.steps):
-        scale = min(1.0, (step + 1 - start) / 100, (options.steps - step) / (0.6 * options.steps))
-        for group in optimiser.param_groups:
-            group["lr"] = options.learning_rate * scale
+        set_rate(optimiser, options, step, start)
         rows = torch.from_numpy(rng.choice(train_rows, options.batch))
         batch = Outputs(*(t[rows] for t in outputs))
         prefix = torch.from_numpy(rng.integers(1, c.num_tokens, (options.batch, options.prefixes)))
@@ -179,9 +173,7 @@ def distill_block_head(
                 f"{(time.monotonic() - began) / (step + 1 - start):.3f} s/step"
             )
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-            temporary = checkpoint.with_suffix(".tmp")
-            save_file({**head.state_dict(), "step": torch.tensor(step + 1)}, temporary)
-            temporary.replace(checkpoint)
+            save_progress(head, checkpoint, step + 1)
             with torch.no_grad():
                 head.eval()
                 rows = torch.from_numpy(valid_rows[:512])
@@ -195,3 +187,81 @@ def distill_block_head(
                 f"{accepted_length(whole):.2f}, right by distance {right.nanmean((0, 1))[:16].numpy().round(2)}"
             )
     return head.eval()
+
+
+def distill_feature_head(
+    model: VLA, outputs: Outputs, is_validation: np.ndarray, checkpoint: Path, options: DistillOptions,
+    report: Callable[[str], None] = print, passes: int = 4,
+) -> FeatureHead:  # fmt: skip
+    """Train the feature head with self-fed passes; resumes from ``checkpoint``."""
+    c = model.config
+    torch.manual_seed(options.seed)
+    head = FeatureHead(FeatureHeadConfig(
+        c.width, 3 * c.width, c.num_heads, 512, c.prompt_length, c.num_tokens, c.num_bins
+    ))  # fmt: skip
+    with torch.no_grad():
+        head.token.weight[:-1].copy_(model.token.weight)
+        head.head.load_state_dict(model.head.state_dict())
+    optimiser = torch.optim.AdamW(head.parameters(), lr=options.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    start = resume(head, checkpoint, report)
+    train_rows, valid_rows = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+    rng, began = np.random.default_rng(options.seed + start), time.monotonic()
+
+    def losses(rows: Tensor) -> tuple[Tensor, list[float]]:
+        tokens = outputs.tokens[rows]
+        all_logits = head.unroll(outputs.features[rows].float(), tokens, passes)
+        total, hits = torch.zeros(()), []
+        for s, logits in enumerate(all_logits):
+            # Pass s starts after s own steps, so its first s rows have no such history.
+            part, label = logits[:, s:-1].float(), tokens[:, s + 1 :]
+            total = total + options.decay ** s * F.cross_entropy(part.flatten(0, 1), label.flatten())
+            hits.append(float((part.argmax(-1) == label).float().mean()))
+        return total, hits
+
+    for step in range(start, options.steps):
+        set_rate(optimiser, options, step, start)
+        rows = torch.from_numpy(rng.choice(train_rows, options.batch))
+        head.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, hits = losses(rows)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % 100 == 0:
+            report(
+                f"feature head step {step + 1} loss {loss.item():.3f} right per pass {np.round(hits, 2)} "
+                f"{(time.monotonic() - began) / (step + 1 - start):.3f} s/step"
+            )
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            save_progress(head, checkpoint, step + 1)
+            with torch.no_grad():
+                head.eval()
+                _, hits = losses(torch.from_numpy(valid_rows[:256]))
+            report(f"validation: right after s own steps {np.round(hits, 3)}")
+    return head.eval()
+
+
+def resume(head: torch.nn.Module, checkpoint: Path, report: Callable[[str], None]) -> int:
+    """Load ``checkpoint`` if there is one; returns its step."""
+    if not checkpoint.exists():
+        return 0
+    saved = load_file(checkpoint)
+    step = int(saved.pop("step"))
+    head.load_state_dict(saved)
+    report(f"resumed at step {step}")
+    return step
+
+
+def save_progress(head: torch.nn.Module, checkpoint: Path, step: int) -> None:
+    """Write weights and step atomically."""
+    temporary = checkpoint.with_suffix(".tmp")
+    save_file({**head.state_dict(), "step": torch.tensor(step)}, temporary)
+    temporary.replace(checkpoint)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, options: DistillOptions, step: int, start: int) -> None:
+    """Short warm-up, then linear decay over the last 60 %."""
+    scale = min(1.0, (step + 1 - start) / 100, (options.steps - step) / (0.6 * options.steps))
+    for group in optimiser.param_groups:
+        group["lr"] = options.learning_rate * scale

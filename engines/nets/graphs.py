@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_spec.engines.nets.block_head import BlockHead
+from vla_spec.engines.nets.feature_head import FeatureHead
 from vla_spec.engines.nets.vla import VLA
 
 
@@ -77,3 +78,27 @@ class BlockDraft(nn.Module):
         logits = self.model.draft(all_keys, all_values, mask[0], last, position, history)
         probs, tokens = logits.softmax(-1).topk(4)
         return tokens, probs, keys, values
+
+
+class FeatureDraft(nn.Module):
+    """The feature head as one graph over r rows of a tree; a row is fed by the target or by the head itself.
+
+    features [r, D], hidden [r, width], is_own [r, 1] (1 = use hidden), tokens / position int64 [r],
+    past_key / past_value [heads, capacity, head_width], mask [r, capacity + r]
+    -> tokens int64 [r, 8], log-probabilities [r, 8], hidden [r, width], key and value rows.
+    """
+
+    def __init__(self, head: FeatureHead) -> None:
+        super().__init__()
+        self.model = head
+
+    def forward(
+        self, features: Tensor, hidden: Tensor, is_own: Tensor, tokens: Tensor, position: Tensor, past_key: Tensor,
+        past_value: Tensor, mask: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        fused = self.model.fused(features) * (1 - is_own) + hidden * is_own
+        x, query, key, value = self.model.project(fused, tokens, position)
+        keys, values = torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
+        out = self.model.attend(x, query, keys, values, mask)
+        logp, best = self.model.scores(out).log_softmax(-1).topk(8)
+        return best, logp, out, key, value
