@@ -78,7 +78,7 @@ def test_long_instructions_are_cut_off_and_counted(adapter):
 
 @pytest.mark.parametrize("instruction", ["", "   ", "?!", None, 7])
 def test_an_instruction_that_says_nothing_is_refused(adapter, instruction):
-    with pytest.raises(BadObservation, match="instruction is .*valid: a sentence"):
+    with pytest.raises(BadObservation, match=r"instruction is .*valid: a sentence"):
         adapter.encode(observe(instruction=instruction))
 
 

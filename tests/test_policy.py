@@ -18,7 +18,7 @@ from vla_spec.errors import BadConfig
 from vla_spec.interfaces import ChunkHistory
 from vla_spec.ladder import Ladder, LadderOptions, Reason
 from vla_spec.policy import Policy, PolicyOptions
-from vla_spec.types import EMPTY_DRAFT, Draft, Observation, Provenance, Rung
+from vla_spec.types import EMPTY_DRAFT, Draft, Observation, Plan, Provenance, Rung
 
 LATER = 10**12
 PLANNED = np.arange(T, dtype=np.int32) + 100  # what the fake engine says
@@ -110,6 +110,26 @@ def test_without_a_draft_the_tail_is_the_previous_chunk_for_the_same_steps(clock
     expected = SPACE.bound(TOKENIZER.decode(OLD)[5:8], chunk.actions[1], 0.9)
     np.testing.assert_array_equal(chunk.actions[2:], expected)
     assert chunk.tokens.tolist() == [*PLANNED[:8], *OLD[20:32]]
+
+
+def test_a_slow_drafter_is_asked_for_no_more_than_fits_before_the_deadline(clock):
+    class Slow(FakeDrafter):
+        def propose(self, prefix, plan, features):
+            clock.advance(10 * plan.gamma)
+            return super().propose(prefix, plan, features)
+
+    def late(remaining_ns, tokens_left):
+        return None if remaining_ns < 100 else Plan(3, 3)
+
+    # 30 ns for 3 tokens and 50 ns for a step: two rounds, 9 tokens. 99 ns + reserve are left, at 10 ns a token.
+    for reserve, steps, slack in ((0, 4, 9), (200, 8, 69)):
+        start = clock.now_ns()
+        controller = FakeController()
+        controller.plan = late
+        options = PolicyOptions(reserve_ns=reserve)
+        policy = make_policy(clock, FakeEngine(clock, step_ns=50), Slow(PLANNED), controller, options=options)
+        chunk = policy.plan(observe(), start + 2 * 80 + 99 + reserve)
+        assert (policy.last_record.num_verified, len(chunk.actions), chunk.slack_ns) == (9, steps, slack)
 
 
 def test_a_short_draft_is_completed_from_the_previous_chunk(clock):

@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 from types import SimpleNamespace
 
@@ -174,6 +175,17 @@ def test_the_users_choice_is_not_questioned(no_choice):
     assert _gl.select_gl_backend() == "glfw"
 
 
+def test_mujoco_imported_too_early_without_a_screen_is_told_so(no_choice):
+    no_choice.setitem(_gl.sys.modules, "mujoco", SimpleNamespace())
+    no_choice.setattr(_gl.sys, "platform", "linux")
+    no_choice.delenv("WAYLAND_DISPLAY", raising=False)
+    no_choice.setenv("DISPLAY", ":0")
+    assert _gl.select_gl_backend() == "as imported"
+    no_choice.delenv("DISPLAY")
+    with pytest.raises(BadConfig, match="set MUJOCO_GL=egl"):
+        _gl.select_gl_backend()
+
+
 def test_a_probe_gives_the_last_line_of_what_went_wrong(monkeypatch):
     def run(*args, **kwargs):
         return SimpleNamespace(returncode=1, stderr="Traceback\nImportError: no EGL device\n")
@@ -190,7 +202,8 @@ def test_a_probe_gives_the_last_line_of_what_went_wrong(monkeypatch):
 
 @pytest.mark.slow
 def test_metaworld_is_a_robot_and_a_plugin():
-    pytest.importorskip("metaworld")
+    if importlib.util.find_spec("metaworld") is None:
+        pytest.skip("metaworld is not installed")
     plugin = plugins.load("robot", "metaworld")
     robot = plugin.build(plugin.options(task="drawer-open", image_size=32), None)
     robot.reset(3)

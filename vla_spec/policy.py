@@ -44,7 +44,8 @@ class PolicyOptions:
         min_steps: complete steps that the target must have seen before a cut decode is answered with its prefix and
             a draft tail; with fewer, the remainder of the last chunk is the better plan. 0 = a draft alone will do.
         max_tail_steps: unverified steps that are appended at most; 0 = none, the chunk just ends earlier.
-        has_draft_tail: ask the drafter for the tokens that are missing; False = only the previous chunk's.
+        has_draft_tail: ask the drafter for the tokens that are missing, as many as it makes before the deadline by
+            its speed in this chunk; False = only the previous chunk's.
         tail_slowdown: speed of a tail step relative to the step before, in (0, 1]. Small: creeps until the next plan;
             1 = trusts the guess.
         reserve_ns: taken off the deadline for what comes after the decode loop, the tail and the un-normaliser.
@@ -111,6 +112,7 @@ class Policy:
         decoder.drafter = self.guard
         self._domain, self._now_ns = domain, now_ns
         self._next_id = 0
+        self._draft_ns_per_token = 0.0  # of the last chunk that drafted; 0 = none did yet, or drafting is free
         #: The last plan as measured; None before the first.
         self.last_record: PlanRecord | None = None
         #: The last exception that became a rung, for a post-mortem; None if there was none.
@@ -139,7 +141,10 @@ class Policy:
         start_ns = self._now_ns()
         decoded, reason, encode_ns, decode_ns = self._decode(observation, deadline_ns, history, start_ns)
         before_tail_ns = self._now_ns()
-        answer = self._verified(decoded, history) if decoded is not None else None
+        answer: _Answer | None = None
+        if decoded is not None:
+            self._measure_drafter(decoded)
+            answer = self._verified(decoded, deadline_ns, history)
         if decoded is not None and answer is None and reason is Reason.NONE:
             reason = Reason.BAD_TOKENS
         answer = answer or self._remainder(history) or self._hold(history)
@@ -207,7 +212,14 @@ class Policy:
             return None, Reason.ENGINE_ERROR, encoded_ns - start_ns, self._now_ns() - encoded_ns
         return decoded, _REASON_OF_STOP[decoded.stop], encoded_ns - start_ns, self._now_ns() - encoded_ns
 
-    def _verified(self, decoded: Decoded, history: ChunkHistory | None) -> _Answer | None:
+    def _measure_drafter(self, decoded: Decoded) -> None:
+        """What a drafted token costs, from this chunk's rounds; unchanged if nothing was drafted."""
+        num_drafted = sum(measured.num_drafted for measured in decoded.rounds)
+        if num_drafted:
+            drafting_ns = sum(measured.draft_ns for measured in decoded.rounds if measured.num_drafted)
+            self._draft_ns_per_token = drafting_ns / num_drafted
+
+    def _verified(self, decoded: Decoded, deadline_ns: int, history: ChunkHistory | None) -> _Answer | None:
         """What the target has seen, completed by a bounded tail. None: too little, or tokens that mean nothing."""
         per_step = self._domain.tokens_per_step
         num_verified = len(decoded.tokens) // per_step
@@ -217,7 +229,7 @@ class Policy:
         tokens, provenance = decoded.tokens, decoded.provenance
         wants_tail = not is_complete and self.options.max_tail_steps > 0
         if wants_tail and self.options.has_draft_tail and decoded.stop is StopReason.DEADLINE:
-            drafted = self._drafted_tail(tokens)
+            drafted = self._drafted_tail(tokens, deadline_ns)
             tokens = np.concatenate((tokens, drafted))
             provenance = np.concatenate((provenance, np.full(len(drafted), Provenance.DRAFTED, np.uint8)))
         most_steps = num_verified + self.options.max_tail_steps if wants_tail else num_verified
@@ -247,9 +259,13 @@ class Policy:
         rung = {Provenance.EXACT: Rung.EXACT, Provenance.RELAXED: Rung.RELAXED}.get(weakest, Rung.DRAFT_TAIL)
         return _Answer(actions, per_row, tokens, rung)
 
-    def _drafted_tail(self, tokens: Int32) -> Int32:
-        """The drafter's guess of what follows, int32 [<= T - m]: the first path of its tree."""
+    def _drafted_tail(self, tokens: Int32, deadline_ns: int) -> Int32:
+        """The drafter's guess of what follows, int32 [<= T - m]: the first path of its tree, as far as time allows."""
         missing = self._domain.num_tokens - len(tokens)
+        if self._draft_ns_per_token > 0:
+            missing = min(missing, int((deadline_ns - self._now_ns()) / self._draft_ns_per_token))
+        if missing <= 0:
+            return np.empty(0, np.int32)
         draft = self.guard.propose(tokens, Plan(missing, missing), self.decoder.engine.features)
         path: list[int] = []
         for node in range(len(draft.tokens)):

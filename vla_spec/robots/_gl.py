@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-from vla_spec.errors import MissingDependency
+from vla_spec.errors import BadConfig, MissingDependency
 
 INSTALL_HINT = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libosmesa6)"
 BACKENDS = ("egl", "osmesa")
@@ -24,11 +24,17 @@ def select_gl_backend() -> str:
 
     Raises:
         MissingDependency: neither backend can make a context on this machine; says what each one answered.
+        BadConfig: somebody imported mujoco first, and without a screen its choice can't work.
     """
     # Software rendering with one thread is the fastest here for 96 x 96 pictures and leaves cores for inference.
     os.environ.setdefault("LP_NUM_THREADS", "1")
     chosen = os.environ.get("MUJOCO_GL")
     if chosen is None and "mujoco" in sys.modules:
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise BadConfig(
+                "rendering: mujoco was imported before a backend was chosen and there is no screen; "
+                "set MUJOCO_GL=egl (or osmesa) before the program starts"
+            )
         return "as imported"
     if chosen is None:
         chosen = _first_that_works()
