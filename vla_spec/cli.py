@@ -5,10 +5,11 @@ Heavy imports happen inside the commands, so that `--version` and `--help` are i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from vla_spec.errors import BadConfig, Interrupted, VlaSpecError
 
 if TYPE_CHECKING:
     from vla_spec.config import Config
+    from vla_spec.results import Results
 
 #: Exit code of a fault of ours, as sysexits.h has it.
 EXIT_BUG = 70
@@ -103,9 +105,9 @@ def run(
         configs=configs, tasks=_split(tasks), seeds=range(seed_start, seed_start + episodes), max_steps=max_steps,
         num_pictures=pictures if report else 0,
     )  # fmt: skip
-    with LiveProgress() as progress:
+    with _writable(out, "run") as folder, LiveProgress() as progress:
         results = evaluate(plan, progress)
-    _finish(results, out, "run", report)
+    _finish(results, folder, report)
 
 
 @app.command()
@@ -123,9 +125,12 @@ def bench(
     execute_horizon: Horizon = None,
     config: ConfigFile = None,
     set_: Set = None,
-    observations: Annotated[int, typer.Option(min=1, help="Recorded observations that every mode decodes.")] = 100,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each observation is decoded; medians count.")] = 3,
-    closed_loop: Annotated[str, typer.Option(help="Modes that also run in closed loop, comma-separated.")] = "",
+    observations: Annotated[int, typer.Option(min=1, help="Recorded observations that every mode decodes.")] = 60,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each observation is decoded.")] = 2,
+    closed_loop: Annotated[
+        str,
+        typer.Option(help="Modes that also run in closed loop; auto = the fastest exact and inexact one; or none."),
+    ] = "auto",
     report: Report = True,
 ) -> None:
     """Every drafter with every rule on the same recorded observations and engine, autoregression included."""
@@ -136,11 +141,12 @@ def bench(
     configs = _configs(modes, config, overrides, set_) if modes or config else grid(_with_sets(overrides, set_))
     plan = BenchPlan(
         configs=configs, tasks=_split(tasks), seeds=range(seed_start, seed_start + episodes),
-        num_observations=observations, num_repeats=repeats, closed_loop=_split(closed_loop) or (),
+        num_observations=observations, num_repeats=repeats,
+        closed_loop=() if closed_loop == "none" else _split(closed_loop) or (),
     )  # fmt: skip
-    with LiveProgress() as progress:
+    with _writable(out, "bench") as folder, LiveProgress() as progress:
         results = benchmark(plan, progress)
-    _finish(results, out, "bench", report)
+    _finish(results, folder, report)
 
 
 @app.command()
@@ -215,11 +221,10 @@ def doctor(
     draw: Annotated[bool, typer.Option("--draw/--no-draw", help="Try OpenGL by drawing a picture.")] = True,
 ) -> None:
     """What this machine has, and what is missing for what."""
-    from vla_spec.config import Config, find_model
+    from vla_spec.config import DEFAULT_MODEL, find_model
     from vla_spec.doctor import LIBRARIES, diagnose
 
-    default = next(f.default for f in Config.__dataclass_fields__.values() if f.name == "model")
-    found = diagnose(find_model(model or default), draw)
+    found = diagnose(find_model(model or DEFAULT_MODEL), draw)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
         return
@@ -324,13 +329,25 @@ def _check_training_seeds(first: int, count: int) -> None:
         )
 
 
-def _finish(results: Any, out: Path | None, kind: str, with_report: bool) -> None:
-    """Save, draw and print the results of a run."""
-    from vla_spec.results import print_table, run_folder, save
+@contextlib.contextmanager
+def _writable(out: Path | None, kind: str) -> Iterator[Path]:
+    """The run's folder, made before the work begins; taken away again if nothing came to be in it."""
+    from vla_spec.results import run_folder
 
-    command = "vla-spec " + shlex.join(sys.argv[1:])
     folder = run_folder(out, kind)
-    results = save(results, folder, command)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only succeeds when it is empty
+        raise
+
+
+def _finish(results: Results, folder: Path, with_report: bool) -> None:
+    """Save, draw and print the results of a run."""
+    from vla_spec.results import print_table, save
+
+    results = save(results, folder, "vla-spec " + shlex.join(sys.argv[1:]))
     written = [folder / "results.json"]
     if with_report:
         from vla_spec.report import write_report

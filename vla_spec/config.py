@@ -29,9 +29,11 @@ from vla_spec import plugins
 from vla_spec.errors import BadConfig, MissingDependency, UnknownOption, VlaSpecError
 
 #: Keys of the tree that name a plugin. The others are plain values.
-PLUGIN_KEYS = ("engine", "drafter", "rule", "controller", "robot", "adapter", "tokenizer")
+PLUGIN_KEYS = ("engine", "drafter", "rule", "controller", "robot", "adapter")
 #: Named compositions: the folder is the registry.
 MODES_DIR = Path(__file__).parent / "modes"
+#: Where the shipped weights are.
+DEFAULT_MODEL = Path("models/metaworld")
 #: Library that a plugin could not import -> the extra that brings it.
 EXTRA_OF_LIBRARY = {
     "onnxruntime": "run", "safetensors": "run", "torch": "torch", "onnx": "train", "metaworld": "sim", "mujoco": "sim",
@@ -63,12 +65,17 @@ class Runtime:
             planner, whose latency is still measured; ``virtual`` = latency comes from the cost table, so that results
             repeat bit for bit from a seed.
         hand_over: how a new chunk takes over from the old one.
+        time_scale: simulated seconds per second with clock ``real``; 0.5 = half as fast as the robot's own time.
+        costs: cost table of an earlier run (its costs.json) instead of a measured one; with clock ``virtual`` the whole
+            run then repeats bit for bit.
     """
 
     execute_horizon: Annotated[int, Field(ge=1, le=1000)] = 4
     deadline_ms: Annotated[float, Field(gt=0, le=60_000)] = 50.0
     clock: Literal["real", "lockstep", "virtual"] = "lockstep"
     hand_over: Literal["replace", "temporal_ensemble", "frozen_prefix"] = "replace"
+    time_scale: Annotated[float, Field(gt=0, le=100)] = 1.0
+    costs: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,7 @@ class Config:
         description, source: what it is, and the publication it follows.
         model: folder with the model's files; the toy engine needs none.
         engine, drafter, rule, controller, robot: plugins.
-        adapter, tokenizer: plugins; None = what the model's policy.json names, or fits the engine.
+        adapter: plugin; None = `toy` for the toy engine, else `vla`. The model's policy.json names the tokenizer.
         runtime: see `Runtime`.
         num_threads: threads inside one engine call.
         seed: for everything random in decoding.
@@ -92,11 +99,10 @@ class Config:
     controller: Choice
     robot: Choice
     adapter: Choice | None = None
-    tokenizer: Choice | None = None
     mode: str = "custom"
     description: str = ""
     source: str = ""
-    model: Path = Path("models/metaworld")
+    model: Path = DEFAULT_MODEL
     runtime: Runtime = field(default_factory=Runtime)
     num_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
@@ -285,11 +291,11 @@ def as_tree(config: Config) -> dict[str, Any]:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if isinstance(value, Choice):
-            value = {"name": value.name, **_plain(value.options)}
+            value = {"name": value.name, **as_options(value.options)}
         elif isinstance(value, Path):
             value = str(value)
         elif dataclasses.is_dataclass(value):
-            value = _plain(value)
+            value = as_options(value)
         if value is not None:
             tree[item.name] = value
     return tree
@@ -307,7 +313,8 @@ def find_model(path: Path) -> Path:
     return path if path.is_absolute() or path.exists() or not beside.exists() else beside
 
 
-def _plain(options: Any) -> dict[str, Any]:
+def as_options(options: Any) -> dict[str, Any]:
+    """A plugin's options as plain values."""
     values: dict[str, Any] = json.loads(TypeAdapter(type(options)).dump_json(options))
     return values
 
