@@ -27,7 +27,7 @@ class Options:
     Attributes:
         max_gamma: most nodes to draft; the measured table and the engine's ``max_step`` limit it further.
         depth: longest path, None = no limit of its own.
-        top_k: nodes drafted per depth, 1 = a chain.
+        top_k: nodes drafted per depth, 1 = a chain; gamma is a multiple of it.
         tolerance: scale in [0, 1] of the rule's own tolerance.
         margin_ns: kept free before the deadline, for decoding actions and handing them over. [ns]
         window: rounds that the correction looks back. [rounds]
@@ -134,19 +134,18 @@ class DeadlineController:
         acceptance = (self._hits + options.prior * options.prior_weight) / (self._tries + options.prior_weight)
         chances: list[float] = acceptance.tolist()
         longest_path = max(min(tokens_left - 1, options.max_gamma if options.depth is None else options.depth), 0)
-        best, best_rate, best_depth = -1, 0.0, 0
-        expected, reach, depth = 1.0, 1.0, 0
-        for gamma, cost in enumerate(self._predicted_ns[: longest_path * options.top_k + 1]):
-            if depth < -(-gamma // options.top_k):  # a tree of top_k nodes per depth
-                reach *= chances[depth]
+        best, best_rate = -1, 0.0
+        expected, reach = 1.0, 1.0
+        for depth, cost in enumerate(self._predicted_ns[:: options.top_k][: longest_path + 1]):
+            if depth:
+                reach *= chances[depth - 1]
                 expected += reach
-                depth += 1
             if cost <= budget_ns and expected > best_rate * cost:
-                best, best_rate, best_depth = gamma, expected / cost, depth
+                best, best_rate = depth, expected / cost
         if best < 0:
             return None
-        self._depth = best_depth
-        return Plan(best, best_depth, options.top_k, options.tolerance)
+        self._depth = best
+        return Plan(best * options.top_k, best, options.top_k, options.tolerance)
 
     def record(self, measured: Round) -> None:
         """Learn costs and acceptance from a finished round."""
