@@ -55,6 +55,15 @@ def test_missed_ticks_are_run_with_catch_up():
     assert clock.now_ns() == 400
 
 
+def test_a_schedule_can_be_shifted():
+    clock = VirtualClock()
+    keeper = RateKeeper(clock, 100, catch_up=True)
+    keeper.wait()
+    clock.advance(250)
+    keeper.shift(250)
+    assert (keeper.wait(), keeper.slack_ns, keeper.skip_count) == (350, 100, 0)
+
+
 def test_measured_period_is_the_mean_since_the_start_and_none_before_two_ticks():
     clock = VirtualClock()
     keeper = RateKeeper(clock, 100, start_ns=10)

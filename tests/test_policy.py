@@ -241,6 +241,7 @@ def test_a_drafter_that_raises_costs_time_and_no_exactness(clock):
     chunk = policy.plan(observe(), LATER)
     assert (chunk.rung, chunk.tokens.tolist()) == (Rung.EXACT, PLANNED.tolist())
     assert policy.guard.num_failures == 1  # asked once, then left alone for the chunk
+    assert reason(policy) is Reason.DRAFTER_ERROR
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,90 @@ def test_real_time_keeps_rendering_and_acting_in_the_thread_of_the_caller():
     assert all(before < after for before, after in zip(robot.seen, robot.seen[1:], strict=False))
 
 
+def test_the_simulated_world_can_stand_still_while_it_is_drawn():
+    class SlowPictures(ClockedRobot):
+        def observe(self, now_ns):
+            clock.sleep_until_ns(clock.now_ns() + 8 * MS)
+            return super().observe(now_ns)
+
+    clock = MonotonicClock()
+    clock.advance = lambda ns: clock.sleep_until_ns(clock.now_ns() + ns)
+    policy = make_policy(clock, FakeEngine(clock), FakeDrafter(PLANNED), FakeController(gamma=7))
+    robot = SlowPictures()
+    options = RuntimeOptions(
+        mode=Mode.REAL_TIME, max_steps=12, stop_on_success=False, time_scale=2, is_observing_free=True
+    )
+    result = run_episode(robot, policy, clock, options, 1)
+    assert len(result.observe_ns) == len(robot.seen) >= 2
+    assert (result.observe_ns >= 8 * MS).all()
+    paused = {step: ns for (step, _), ns in zip(robot.seen[1:], result.observe_ns[1:].tolist(), strict=True)}
+    steps = np.diff(robot.acted).tolist()
+    assert steps == [PERIOD // 2 + paused.get(step, 0) for step in range(11)]
+    for plan, ns in zip(result.plans, result.observe_ns.tolist(), strict=True):
+        assert plan.deadline_ns - plan.observation_stamp_ns == 4 * PERIOD // 2 + ns
+
+
+class Faulty(FakeEngine):
+    """Stalls, raises and answers NaN now and then, from a seed."""
+
+    def __init__(self, clock, seed):
+        super().__init__(clock)
+        self.rng = np.random.default_rng(seed)
+
+    def _disturb(self, scores):
+        self.clock.advance(int(self.rng.lognormal(0, 1.5) * 3 * MS))
+        fault = self.rng.random()
+        if fault < 0.05:
+            raise RuntimeError("driver reset")
+        if fault < 0.1:
+            scores.logits[:] = np.nan
+        return scores
+
+    def prefill(self, inputs):
+        return self._disturb(super().prefill(inputs))
+
+    def step(self, tokens, parents):
+        return self._disturb(super().step(tokens, parents))
+
+
+class FaultyDrafter(FakeDrafter):
+    def __init__(self, seed):
+        super().__init__(PLANNED)
+        self.rng = np.random.default_rng(seed)
+
+    def propose(self, prefix, plan, features):
+        if self.rng.random() < 0.1:
+            raise ValueError("no idea")
+        draft = super().propose(prefix, plan, features)
+        return draft._replace(tokens=draft.tokens + 1000) if self.rng.random() < 0.1 else draft
+
+
+class FaultyRobot(ToyRobot):
+    """Sees NaN now and then."""
+
+    def observe(self, now_ns):
+        seen = super().observe(now_ns)
+        if self.step % 7 == 3:
+            seen.state[0] = np.nan
+        return seen
+
+
+@pytest.mark.parametrize("hand_over", list(HandOver))
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_goes_wrong_every_control_step_gets_a_command(hand_over, seed):
+    clock = VirtualClock()
+    policy = make_policy(clock, Faulty(clock, seed), FaultyDrafter(seed), FakeController(gamma=5))
+    options = RuntimeOptions(
+        mode=Mode.VIRTUAL, max_steps=300, stop_on_success=False, chunks=ChunkOptions(hand_over=hand_over)
+    )
+    result = run_episode(FaultyRobot(), policy, clock, options, seed)
+    assert result.num_steps == 300 == sum(result.counts.values()) == sum(result.rungs.values())
+    assert np.isfinite(result.actions).all()
+    assert len(result.plans) == sum(policy.ladder.counts.values())
+    assert {Reason.ENGINE_ERROR, Reason.DRAFTER_ERROR} < {plan.reason for plan in result.plans}
+    assert (result.counts[Provenance.HOLD] < 300) == (result.counts[Provenance.EXACT] > 0)
+
+
 def test_what_the_planner_raises_is_raised_in_the_callers_thread():
     clock = MonotonicClock()
     clock.advance = lambda ns: None

@@ -112,6 +112,10 @@ class RateKeeper:
         self.num_ticks += 1
         return scheduled_ns
 
+    def shift(self, duration_ns: int) -> None:
+        """Move the whole schedule by this much: the time does not count, such as that of a simulator's drawing."""
+        self.next_ns += duration_ns
+
     @property
     def measured_period_ns(self) -> float | None:
         """Mean time between ticks as they really happened. Window: all since the start; None before two ticks."""

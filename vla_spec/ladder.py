@@ -17,7 +17,7 @@ from vla_spec.types import Rung
 
 
 class Reason(IntEnum):
-    """Why a plan is not a complete one. A number, so that it fits into a trace."""
+    """Why a plan is not what it could be. A number, so that it fits into a trace."""
 
     NONE = 0
     DEADLINE = 1  # time ran out while decoding
@@ -27,6 +27,7 @@ class Reason(IntEnum):
     BAD_TOKENS = 5  # tokens that mean no action
     ENGINE_ERROR = 6  # the engine, rule or controller raised
     RECOVERING = 7  # a usable plan, but not yet enough of them after a stop
+    DRAFTER_ERROR = 8  # the drafter raised or made up tokens: a slow plan, if it is cut, and no wrong one
 
 
 @dataclass(frozen=True, slots=True)

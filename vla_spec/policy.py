@@ -139,6 +139,7 @@ class Policy:
             1 to H actions. May be late; then ``is_late`` says so.
         """
         start_ns = self._now_ns()
+        num_failures = self.guard.num_failures
         decoded, reason, encode_ns, decode_ns = self._decode(observation, deadline_ns, history, start_ns)
         before_tail_ns = self._now_ns()
         answer: _Answer | None = None
@@ -147,6 +148,8 @@ class Policy:
             answer = self._verified(decoded, deadline_ns, history)
         if decoded is not None and answer is None and reason is Reason.NONE:
             reason = Reason.BAD_TOKENS
+        if self.guard.num_failures > num_failures and reason in (Reason.NONE, Reason.DEADLINE):
+            reason = Reason.DRAFTER_ERROR
         answer = answer or self._remainder(history) or self._hold(history)
         rung, reason = self.ladder.settle(answer.rung, reason)
         if rung is not answer.rung:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_spec.chunks import ChunkBuffer, ChunkOptions
-from vla_spec.clock import NS_PER_S, Clock, RateKeeper, VirtualClock
+from vla_spec.clock import NS_PER_S, Clock, NowNs, RateKeeper, VirtualClock
 from vla_spec.delay import DelayEstimator
 from vla_spec.errors import BadConfig, BadObservation
 from vla_spec.interfaces import ChunkHistory, Robot
@@ -76,6 +76,8 @@ class RuntimeOptions:
         time_scale: simulated seconds per second of the clock, real time only. 1 = real time, 0.5 = half as fast, so
             that a slow machine can stand for a faster one.
         is_first_plan_free: the robot waits for the first chunk before step 0; False = it holds meanwhile.
+        is_observing_free: the simulated world stands still while its pictures are drawn, real time only. False = the
+            drawing is taken out of the plan's time, like a slow camera.
         stop_on_success: end the episode there.
         chunks: hand-over and holding.
     """
@@ -86,6 +88,7 @@ class RuntimeOptions:
     budget_ns: int | None = None
     time_scale: float = 1.0
     is_first_plan_free: bool = True
+    is_observing_free: bool = False
     stop_on_success: bool = True
     chunks: ChunkOptions = field(default_factory=ChunkOptions)
 
@@ -181,6 +184,8 @@ class Actor:
         reserve_steps: also ask for a plan when the chunk has no more than so many steps left (a chunk that came late
             or short has fewer). 0 = only `execute_horizon` counts.
         delay: expected delay of a plan in control steps, for a frozen prefix.
+        now_ns: a clock to measure observing with; None = not measured.
+        is_observing_free: the time of observing is added to the plan's deadline.
     """
 
     def __init__(
@@ -192,13 +197,18 @@ class Actor:
         budget_ns: int,
         reserve_steps: int = 0,
         delay: DelayEstimator | None = None,
+        now_ns: NowNs | None = None,
+        is_observing_free: bool = False,
     ) -> None:
         self.robot, self.planner, self.buffer = robot, planner, buffer
         self.delay = delay or DelayEstimator()
         self._execute_horizon, self._budget_ns, self._reserve_steps = execute_horizon, budget_ns, reserve_steps
+        self._now_ns, self._is_observing_free = now_ns, is_observing_free
         self.step = 0
         #: Steps that were really played between observation and arrival, one entry per chunk that came.
         self.delays: list[int] = []
+        #: How long each observation took [ns].
+        self.observe_ns: list[int] = []
         self.last_action: Float32 | None = None  # as the robot says that it was sent
 
     def reset(self, seed: int, now_ns: int) -> None:
@@ -206,7 +216,7 @@ class Actor:
         self.robot.reset(seed)
         self.buffer.reset(now_ns)
         self.planner.policy.reset()
-        self.step, self.delays, self.last_action = 0, [], None
+        self.step, self.delays, self.observe_ns, self.last_action = 0, [], [], None
 
     @property
     def is_plan_due(self) -> bool:
@@ -224,12 +234,15 @@ class Actor:
         self._receive(now_ns)
         if not self.is_plan_due:
             return False
+        before_ns = 0 if self._now_ns is None else self._now_ns()
         observation = self.robot.observe(now_ns)
+        self.observe_ns.append(0 if self._now_ns is None else self._now_ns() - before_ns)
         if observation.step != self.step:
             raise BadObservation("step", str(observation.step), f"{self.step}, the control steps since the reset")
         history = self.buffer.history(self.step, observation.instruction)
         self.buffer.freeze(self.step, self.delay.steps(self.buffer.steps_left(self.step)))
-        self.planner.submit(PlanRequest(observation, now_ns + self._budget_ns, history))
+        free_ns = self.observe_ns[-1] if self._is_observing_free else 0
+        self.planner.submit(PlanRequest(observation, now_ns + free_ns + self._budget_ns, history))
         return True
 
     def tick(self, now_ns: int) -> Command:
@@ -258,6 +271,7 @@ class EpisodeResult:
         success: the task was solved.
         num_steps: control steps that were played.
         plans: one entry per planning tick; a plan that was still running at the end is included if it was finished.
+        observe_ns: int64 [observations], how long each took, drawing included; zeros where the clock is virtual.
         delay_steps: int32 [chunks], control steps between observation and arrival.
         actions: float32 [num_steps, A], as sent.
         provenance: uint8 [num_steps], values of `Provenance`, the weakest of each command.
@@ -274,6 +288,7 @@ class EpisodeResult:
     success: bool
     num_steps: int
     plans: tuple[PlanRecord, ...]
+    observe_ns: npt.NDArray[np.int64]
     delay_steps: npt.NDArray[np.int32]
     actions: Float32
     provenance: UInt8
@@ -350,7 +365,7 @@ def _run_lock_step(
 ) -> EpisodeResult:
     """The world waits while a plan is made, so each chunk is used from its first action on."""
     budget_ns = NO_DEADLINE_NS if options.budget_ns is None else options.budget_ns
-    actor, log = _start(robot, policy, options, seed, budget_ns, 0, clock.now_ns())
+    actor, log = _start(robot, policy, options, seed, budget_ns, 0, clock)
     while log.num_steps < options.max_steps and not (options.stop_on_success and robot.is_success):
         if actor.look(clock.now_ns()):
             actor.planner.tick(clock.now_ns())
@@ -370,7 +385,7 @@ def _run_virtual(
     reserve = policy.horizon - options.execute_horizon
     budget_ns = max(1, reserve) * period_ns if options.budget_ns is None else options.budget_ns
     start_ns = clock.now_ns()
-    actor, log = _start(robot, policy, options, seed, budget_ns, reserve, start_ns)
+    actor, log = _start(robot, policy, options, seed, budget_ns, reserve, clock)
     if options.is_first_plan_free:
         actor.look(start_ns)
         actor.planner.tick(start_ns)
@@ -392,7 +407,7 @@ def _run_real_time(
     period_ns = round(_period_ns(robot) / options.time_scale)
     reserve = policy.horizon - options.execute_horizon
     budget_ns = max(1, reserve) * period_ns if options.budget_ns is None else options.budget_ns
-    actor, log = _start(robot, policy, options, seed, budget_ns, reserve, clock.now_ns())
+    actor, log = _start(robot, policy, options, seed, budget_ns, reserve, clock)
     with _PlannerThread(actor.planner, clock) as thread, _QuietInterpreter():
         if options.is_first_plan_free:
             actor.look(clock.now_ns())
@@ -401,7 +416,8 @@ def _run_real_time(
         while log.num_steps < options.max_steps and not (options.stop_on_success and robot.is_success):
             scheduled_ns = keeper.wait()
             thread.check()
-            actor.look(scheduled_ns)
+            if actor.look(scheduled_ns) and options.is_observing_free:
+                keeper.shift(actor.observe_ns[-1])
             log.add(actor.tick(scheduled_ns), actor.last_action, keeper.slack_ns)
     late = keeper.skip_count
     return _result(actor, log, seed, robot.is_success, late, period_ns, keeper.measured_period_ns)
@@ -475,11 +491,20 @@ def _start(
     seed: int,
     budget_ns: int,
     reserve_steps: int,
-    now_ns: int,
+    clock: Clock,
 ) -> tuple[Actor, _Log]:
     buffer = ChunkBuffer(policy.space, policy.adapter.domain.tokens_per_step, options.chunks)
-    actor = Actor(robot, Planner(policy), buffer, options.execute_horizon, budget_ns, reserve_steps)
-    actor.reset(seed, now_ns)
+    actor = Actor(
+        robot,
+        Planner(policy),
+        buffer,
+        options.execute_horizon,
+        budget_ns,
+        reserve_steps,
+        now_ns=clock.now_ns,
+        is_observing_free=options.is_observing_free and options.mode is Mode.REAL_TIME,
+    )
+    actor.reset(seed, clock.now_ns())
     return actor, _Log(options.max_steps, policy.space.size)
 
 
@@ -492,6 +517,7 @@ def _result(
         success=success,
         num_steps=n,
         plans=tuple(actor.planner.records),
+        observe_ns=np.array(actor.observe_ns, np.int64),
         delay_steps=np.array(actor.delays, np.int32),
         actions=log.actions[:n],
         provenance=log.provenance[:n],
