@@ -62,6 +62,7 @@ def test_a_schedule_can_be_shifted():
     clock.advance(250)
     keeper.shift(250)
     assert (keeper.wait(), keeper.slack_ns, keeper.skip_count) == (350, 100, 0)
+    assert keeper.measured_period_ns == 100
 
 
 def test_measured_period_is_the_mean_since_the_start_and_none_before_two_ticks():

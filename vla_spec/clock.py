@@ -115,10 +115,14 @@ class RateKeeper:
     def shift(self, duration_ns: int) -> None:
         """Move the whole schedule by this much: the time does not count, such as that of a simulator's drawing."""
         self.next_ns += duration_ns
+        self._first_ns += duration_ns
 
     @property
     def measured_period_ns(self) -> float | None:
-        """Mean time between ticks as they really happened. Window: all since the start; None before two ticks."""
+        """Mean time between ticks as they really happened, shifts left out.
+
+        Window: all since the start; None before two ticks.
+        """
         if self.num_ticks < 2:
             return None
         return (self._last_ns - self._first_ns) / (self.num_ticks - 1)
