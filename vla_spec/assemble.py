@@ -1,4 +1,4 @@
-"""From a resolved configuration to a policy that plans: adapter, engine, rule, drafter, costs, controller, in this order.
+"""From a resolved configuration to a policy: adapter, engine, rule, drafter, costs, controller, in this order.
 
 An `Assembler` is for one process: modes that name the same engine share it (one copy of the weights, one cache), so
 their policies take turns and never run at the same time.
@@ -136,9 +136,7 @@ class Assembler:
         )
         engine = self.engine(config, first)
         rule: AcceptanceRule = self._build("rule", config.rule, first)
-        parts = plugins.Parts(
-            domain, adapter.tokenizer, first.model_dir, engine, None, config.num_threads, config.seed
-        )
+        parts = plugins.Parts(domain, adapter.tokenizer, first.model_dir, engine, None, config.num_threads, config.seed)
         drafter: Drafter = self._build("drafter", config.drafter, parts)
         costs = self._costs(config, engine, drafter, adapter, observation)
         parts = plugins.Parts(

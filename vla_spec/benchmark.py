@@ -144,21 +144,27 @@ def _assemble_all(
     assembler: Assembler, configs: Sequence[Config], baseline: Config, example: Observation, progress: Reporter
 ) -> tuple[list[Assembly], list[str]]:
     progress.phase("building modes", len(configs))
-    assemblies, notes = [], []
+    assemblies: list[Assembly] = []
+    left_out: dict[str, list[str]] = {}
     for config in configs:
         try:
             assemblies.append(assembler.assemble(config, example))
         except (BadModel, MissingDependency, BadConfig) as error:
             if config is baseline:
                 raise
-            notes.append(f"{config.mode} left out: {error}")
+            left_out.setdefault(str(error), []).append(config.mode)
         progress.step(config.mode)
-    return assemblies, notes
+    return assemblies, [f"left out: {', '.join(modes)}: {why}" for why, modes in left_out.items()]
 
 
 def _bench_row(assembly: Assembly, own: Comparison, base: Comparison) -> Row:
     return make_row(
-        assembly, figures_of(assembly, own.plans), figures_of(assembly, base.plans), own, num_episodes=0, num_successes=0,
+        assembly,
+        figures_of(assembly, own.plans),
+        figures_of(assembly, base.plans),
+        own,
+        num_episodes=0,
+        num_successes=0,
         hold_rate=None,
     )  # fmt: skip
 

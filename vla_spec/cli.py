@@ -169,7 +169,9 @@ def collect(
     from vla_spec.recipe import collect_demonstrations
 
     with LiveProgress() as progress:
-        collect_demonstrations(out, _split(tasks), range(seed_start, seed_start + episodes), processes, policy, progress)
+        collect_demonstrations(
+            out, _split(tasks), range(seed_start, seed_start + episodes), processes, policy, progress
+        )
 
 
 @app.command()
@@ -267,7 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.close()  # the reader went away, as `head` does: not worth a word
         code = 0
     except Exception as error:
-        code = _report_error(f"internal error: {type(error).__name__}: {error} (see where with --debug)", EXIT_BUG, is_debug)
+        code = _report_error(
+            f"internal error: {type(error).__name__}: {error} (see where with --debug)", EXIT_BUG, is_debug
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 

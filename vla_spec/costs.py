@@ -174,5 +174,5 @@ def _measure(
 
 def _quantiles(tree: Mapping[str, Any]) -> Quantiles:
     cost = {float(q): float(ns) for q, ns in tree.items()}
-    cost[0.5]  # noqa: B018 - the median is what everything but the virtual clock reads
+    cost[0.5]
     return cost

@@ -16,7 +16,18 @@ from typing import NamedTuple
 from vla_spec import __version__
 
 #: CPU features that the engines use, as Linux calls them, fastest last.
-CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
+CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "sve",
+)
 #: Distribution -> what it is for.
 LIBRARIES = {
     "numpy": "core", "pydantic": "configuration", "pyyaml": "configuration", "typer": "command line",

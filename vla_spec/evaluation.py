@@ -270,7 +270,8 @@ def make_row(
         own: its figures.
         base: autoregression's figures under the same conditions; None = unknown.
         compared: what it did on recorded observations; None = was not compared.
-        num_episodes, num_successes: in closed loop.
+        num_episodes: in closed loop.
+        num_successes: of these.
         hold_rate: share of control steps without a plan.
     """
     config = assembly.config
@@ -339,9 +340,7 @@ def _results(
     films: Sequence[Film],
 ) -> Results:
     own = {a.config.mode: [e for e in episodes if e.mode == a.config.mode] for a in assemblies}
-    looped = {
-        a.config.mode: figures_of(a, [p for e in own[a.config.mode] for p in e.result.plans]) for a in assemblies
-    }
+    looped = {a.config.mode: figures_of(a, [p for e in own[a.config.mode] for p in e.result.plans]) for a in assemblies}
     # In lock step nothing cuts autoregression short, so its closed loop is a fair baseline; else the recorded one is.
     is_whole = all(a.runtime.mode is Mode.LOCK_STEP for a in assemblies)
     base_mode = reference.config.mode if reference else None
@@ -361,7 +360,10 @@ def _results(
             hold_rate=sum(result.num_holds for result in results) / num_steps if num_steps else None,
         )
         if row.speedup_decode is None and reference is not None and base_mode in compared and mode in compared:
-            fair, own_fair = figures_of(reference, compared[base_mode].plans), figures_of(assembly, compared[mode].plans)
+            fair, own_fair = (
+                figures_of(reference, compared[base_mode].plans),
+                figures_of(assembly, compared[mode].plans),
+            )
             row = replace(
                 row,
                 speedup_decode=_ratio(fair.decode_ms, own_fair.decode_ms),

@@ -54,9 +54,7 @@ def figures(
     chunk_ms = np.array([plan.plan_ns / NS_PER_MS for plan in decoded])
     decode_ms = np.array([sum(r.total_ns for r in plan.rounds[1:]) / NS_PER_MS for plan in decoded])
     slack_ms = np.array([min(plan.slack_ns / NS_PER_MS, deadline_ms - plan.plan_ns / NS_PER_MS) for plan in plans])
-    is_late = [
-        plan.slack_ns < 0 or plan.plan_ns > deadline_ms * NS_PER_MS or plan.reason in _LATE for plan in plans
-    ]
+    is_late = [plan.slack_ns < 0 or plan.plan_ns > deadline_ms * NS_PER_MS or plan.reason in _LATE for plan in plans]
     num_forwards = sum(len(plan.rounds) for plan in decoded)
     num_decoded = sum(plan.num_verified for plan in decoded)
     host_ns = [r.total_ns - r.step_ns - (r.draft_ns if has_model_drafter else 0) for r in rounds]

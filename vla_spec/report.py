@@ -170,18 +170,15 @@ def draw_plots(results: Results) -> list[Plot]:
             axes.set_ylabel("tokens per verified round")
             _name_ticks(axes, modes)
 
-        drawn.append(_figure(acceptance, "Acceptance length, the bonus token included; above: decode speed-up." + suffix))
+        drawn.append(_figure(acceptance, "Acceptance length with the bonus token; above: decode speed-up." + suffix))
     scored = [row for row in results.rows if row.success_rate is not None and row.success_ci95 is not None]
     if scored:
 
         def success(axes: Any) -> None:
             for i, row in enumerate(scored):
-                assert row.success_rate is not None and row.success_ci95 is not None, f"{row=}"
-                low, high = row.success_ci95
-                error = [[100 * (row.success_rate - low)], [100 * (high - row.success_rate)]]
-                axes.errorbar(
-                    i, 100 * row.success_rate, yerr=np.maximum(error, 0), fmt="o", capsize=5, color=_colour(0)
-                )
+                rate, (low, high) = row.success_rate or 0.0, row.success_ci95 or (0.0, 1.0)
+                error = [[100 * (rate - low)], [100 * (high - rate)]]
+                axes.errorbar(i, 100 * rate, yerr=np.maximum(error, 0), fmt="o", capsize=5, color=_colour(0))
             axes.set_ylim(0, 102)
             axes.set_ylabel("success [%]")
             _name_ticks(axes, [row.mode for row in scored])
@@ -229,9 +226,7 @@ def film_data(film: Film) -> str:
     kind = "WEBP" if features.check("webp") else "GIF"
     buffer = io.BytesIO()
     options = {"quality": 60, "method": 3} if kind == "WEBP" else {}
-    pictures[0].save(
-        buffer, kind, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options
-    )
+    pictures[0].save(buffer, kind, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 

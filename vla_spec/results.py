@@ -193,7 +193,7 @@ def run_folder(out: Path | None, kind: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadConfig(f"--out {folder}: can't be made ({error.strerror}); name a folder that may be written") from None
+        raise BadConfig(f"--out {folder}: can't be made ({error.strerror}); name one that may be written") from None
     if not os.access(folder, os.W_OK):
         raise BadConfig(f"--out {folder}: not writable; name a folder that may be written")
     return folder
@@ -245,10 +245,10 @@ def percentiles(values: Any) -> tuple[float, ...]:
 
 def print_table(results: Results, console: Console) -> None:
     """The rows, for people: what the robot got, then how it was decoded. Fits 80 columns."""
-    outcome = _table("What the robot got", ("mode",), "success", "95 % CI", "chunk p50", "p90", "p99", "max ms", "late")
+    outcome = _table("What the robot got", "success", "95 % CI", "chunk p50", "p90", "p99", "max ms", "late")
     decoding = _table(
-        "How it was decoded", ("mode",), "tokens/\nforward", "accept.\nlength", "forwards/\nchunk",
-        "faster\ndecode", "faster\nchunk", "x limit", "host", "agree",
+        "How it was decoded",
+        "tokens/\nfwd", "accept.\nlength", "fwds/\nchunk", "faster\ndecode", "faster\nchunk", "x\nlimit", "host", "agree",
     )  # fmt: skip
     for row in results.rows:
         outcome.add_row(
@@ -257,10 +257,16 @@ def print_table(results: Results, console: Console) -> None:
             percent(row.deadline_miss_rate, 1),
         )  # fmt: skip
         decoding.add_row(
-            row.mode, number(row.tokens_per_forward, 2), number(row.acceptance_length, 2), number(row.forwards_per_chunk), number(row.speedup_decode, 2),
-            number(row.speedup_chunk, 2), number(row.limit_ratio, 2), percent(row.host_overhead_ratio, 1),
+            row.mode,
+            number(row.tokens_per_forward, 2),
+            number(row.acceptance_length, 2),
+            number(row.forwards_per_chunk),
+            number(row.speedup_decode, 2),
+            number(row.speedup_chunk, 2),
+            number(row.limit_ratio, 2),
+            percent(row.host_overhead_ratio),
             percent(row.token_agreement, 1),
-        )  # fmt: skip
+        )
     console.print(outcome)
     console.print(decoding)
     deadlines = sorted({row.deadline_ms for row in results.rows})
@@ -274,10 +280,9 @@ def print_table(results: Results, console: Console) -> None:
         console.print(f"note: {note}", highlight=False, markup=False)
 
 
-def _table(title: str, names: tuple[str, ...], *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in names:
-        table.add_column(name, overflow="fold", min_width=14)
+def _table(title: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("mode", overflow="fold", min_width=14)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table

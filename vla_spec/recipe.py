@@ -1,0 +1,261 @@
+"""The recipe of a model folder, stage by stage: collect, train, distill, export. Each stage resumes where it stopped.
+
+This file only connects the stages; what they do lies beside the nets in `vla_spec.engines.nets` and in
+`vla_spec.engines.export`. Libraries for training are imported inside the stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vla_spec.config import EXTRA_OF_LIBRARY, build_options, set_key
+from vla_spec.errors import BadConfig, BadModel, MissingDependency, UnknownOption
+from vla_spec.progress import Reporter
+from vla_spec.robots._metaworld_tasks import TASKS
+from vla_spec.types import Float32, Observation
+
+#: Episodes that one process collects before it asks for more work.
+EPISODES_PER_JOB = 10
+#: Prefix of the functions in `vla_spec.engines.nets.distill` that train a drafter, and in `export` that write one.
+DISTILL, EXPORT = "distill_", "export_"
+
+Say = Callable[[str], None]
+
+
+class Job(NamedTuple):
+    """Episodes for one process."""
+
+    out: Path
+    task: str
+    seeds: range
+    policy: Path | None
+
+
+def collect_demonstrations(
+    out: Path, tasks: Sequence[str] | None, seeds: range, processes: int, policy: Path | None, progress: Reporter
+) -> None:
+    """Record episodes of the scripted experts; files that exist are kept.
+
+    Args:
+        out: folder; one file per task and seed.
+        tasks: None = all.
+        seeds: of each task.
+        processes: simulators side by side.
+        policy: checkpoint that drives part of each episode; None = the noisy expert drives.
+        progress: told about each job of `EPISODES_PER_JOB` episodes.
+
+    Raises:
+        UnknownOption, BadModel, MissingDependency: see the message.
+    """
+    for task in tasks or ():
+        if task not in TASKS:
+            raise UnknownOption("task", task, TASKS, "--tasks")
+    if policy is not None and not policy.is_file():
+        raise BadModel(f"--policy {policy}: no such file; `vla-spec train` writes it")
+    with _needs("sim"):
+        import metaworld  # noqa: F401 - fail here and not in every process
+    _make_folder(out)
+    for stale in out.glob("*/.*.tmp"):
+        stale.unlink(missing_ok=True)
+    starts = range(seeds.start, seeds.stop, EPISODES_PER_JOB)
+    jobs = [
+        Job(out, task, range(start, min(start + EPISODES_PER_JOB, seeds.stop)), policy)
+        for start in starts
+        for task in tasks or TASKS
+    ]
+    progress.phase("collecting", len(jobs))
+    # Fresh interpreters: an OpenGL context must not be inherited.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for text in pool.imap_unordered(_collect, jobs):
+            progress.step(text)
+
+
+def train_policy(data: Sequence[Path], checkpoint: Path, settings: Sequence[str], say: Say) -> None:
+    """Train until the schedule's end; goes on from the checkpoint.
+
+    Args:
+        data: folders of demonstrations.
+        checkpoint: safetensors file, written often.
+        settings: ``KEY=VALUE`` of `TrainOptions`.
+        say: told one line now and then.
+    """
+    with _needs("train"):
+        from vla_spec.engines.nets.train import TrainOptions, train
+    options = build_options(TrainOptions, _tree(settings), "train")
+    _make_folder(checkpoint.parent)
+    _check_data(data)
+    train(list(data), checkpoint, options, say)
+
+
+def distill_drafters(
+    data: Sequence[Path],
+    checkpoint: Path,
+    out: Path,
+    drafters: Sequence[str] | None,
+    settings: Sequence[str],
+    say: Say,
+) -> None:
+    """Train drafters on the policy's own outputs; each goes on from its checkpoint in ``out``.
+
+    Args:
+        data: folders of demonstrations: the frames that the policy decodes.
+        checkpoint: the trained policy.
+        out: one safetensors file per drafter.
+        drafters: None = all that can be distilled.
+        settings: ``KEY=VALUE`` of `DistillOptions`.
+        say: told one line now and then.
+    """
+    with _needs("train"):
+        from vla_spec.engines.nets import distill
+        from vla_spec.engines.nets.demonstrations import Demonstrations
+        from vla_spec.engines.nets.train import load_policy
+    known = _functions(distill, DISTILL)
+    for name in drafters or ():
+        if name not in known:
+            raise UnknownOption("drafter to distill", name, known, "--drafters")
+    options = build_options(distill.DistillOptions, _tree(settings), "distill")
+    _check_checkpoint(checkpoint, "vla-spec train")
+    _check_data(data)
+    _make_folder(out)
+    model, vocabulary = load_policy(checkpoint)
+    demonstrations = Demonstrations(list(data), model.config.horizon)
+    outputs, is_validation = distill.target_outputs(model, vocabulary, demonstrations, options, say)
+    for name in drafters or known:
+        say(f"distilling {name}")
+        known[name](model, outputs, is_validation, out / f"{name}.safetensors", options, say)
+
+
+def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
+    """Write the model folder: the policy, and every drafter that has a checkpoint.
+
+    Raises:
+        BadModel: no trained policy.
+        MissingDependency: libraries for training or the simulator (golden inputs are a real picture).
+    """
+    with _needs("train"):
+        from vla_spec.engines import export
+        from vla_spec.engines.nets import distill
+        from vla_spec.engines.nets.train import load_policy
+    _check_checkpoint(checkpoint, "vla-spec train")
+    _make_folder(out)
+    model, vocabulary = load_policy(checkpoint)
+    export.export_policy(model, vocabulary, out, _golden_inputs(model.config, vocabulary))
+    say(f"{out}: policy")
+    trainers, writers = _functions(distill, DISTILL), _functions(export, EXPORT)
+    for name, trainer in trainers.items():
+        file = drafters / f"{name}.safetensors"
+        if not file.is_file() or name not in writers:
+            say(f"{out}: no {name} ({file} is not there)")
+            continue
+        # No steps: it only builds the network and loads the checkpoint.
+        options = distill.DistillOptions(steps=0)
+        writers[name](trainer(model, None, np.zeros(0, np.bool_), file, options, say), out)
+        say(f"{out}: {name}")
+
+
+def act_with(checkpoint: Path) -> Callable[[Observation], Float32]:
+    """A trained policy as a function: observation to actions float32 [H, A], greedy, on the reference network."""
+    import torch
+
+    from vla_spec.engines.nets.demonstrations import encode_words
+    from vla_spec.engines.nets.distill import greedy_chunks
+    from vla_spec.engines.nets.levels import TOKENIZER_HIGH, TOKENIZER_LOW
+    from vla_spec.engines.nets.train import load_policy
+    from vla_spec.tokenizers.uniform_bins import Options, UniformBins
+
+    torch.set_num_threads(1)
+    model, vocabulary = load_policy(checkpoint)
+    size = model.config.action_size
+    tokenizer = UniformBins(Options(model.config.num_bins, (TOKENIZER_LOW,) * size, (TOKENIZER_HIGH,) * size))
+
+    def act(observation: Observation) -> Float32:
+        words = encode_words(observation.instruction, vocabulary, model.config.max_words)
+        tokens, _ = greedy_chunks(
+            model,
+            torch.from_numpy(observation.images[None]),
+            torch.from_numpy(words[None]),
+            torch.from_numpy(observation.state[None]),
+        )
+        return tokenizer.decode(tokens[0].numpy().astype(np.int32))
+
+    return act
+
+
+def _collect(job: Job) -> str:
+    """One job, in a process of its own."""
+    from vla_spec.engines.nets.collect import collect_task
+
+    policy = act_with(job.policy) if job.policy is not None else None
+    done: list[bool] = []
+    collect_task(
+        job.out, job.task, job.seeds, policy, keep_failures=policy is not None,
+        progress=lambda task, is_success: done.append(is_success),
+    )  # fmt: skip
+    return f"{job.task}: {sum(done)} of {len(done)} solved"
+
+
+def _golden_inputs(config: Any, vocabulary: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """What the robot sees at the start of an episode, as engine inputs."""
+    from vla_spec.engines.nets.demonstrations import encode_words
+    from vla_spec.robots.metaworld import MetaWorldRobot
+
+    with _needs("sim"):
+        robot = MetaWorldRobot(image_size=config.image_size)
+    try:
+        robot.reset(0)
+        seen = robot.observe(0)
+    finally:
+        robot.close()
+    words = encode_words(seen.instruction, vocabulary, config.max_words)
+    return {"images": seen.images[None], "words": words[None], "state": seen.state[None]}
+
+
+def _functions(module: Any, prefix: str) -> dict[str, Callable[..., Any]]:
+    """Drafter plugin name -> the module's function for it, found by name."""
+    from vla_spec import plugins
+
+    found = ((name, vars(module).get(prefix + name)) for name in plugins.names("drafter"))
+    return {name: function for name, function in found if callable(function)}
+
+
+def _tree(settings: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        tree = set_key(tree, setting)
+    return tree
+
+
+def _check_data(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if next(folder.glob("*/*.npz"), None) is None:
+            raise BadConfig(f"--data {folder}: no demonstrations there; `vla-spec collect` writes them")
+
+
+def _check_checkpoint(path: Path, writer: str) -> None:
+    if not path.is_file():
+        raise BadModel(f"--checkpoint {path}: no such file; `{writer}` writes it")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadConfig(f"{path}: can't be made ({error.strerror}); name a folder that may be written") from None
+
+
+@contextlib.contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """A missing library becomes one sentence that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").split(".")[0]
+        if library not in EXTRA_OF_LIBRARY:
+            raise
+        raise MissingDependency(f"{library}, which this command needs,", f"pip install 'vla_spec[{extra}]'") from error
