@@ -218,6 +218,7 @@ def export_feature_head(head: FeatureHead, out: Path) -> None:
     )  # fmt: skip
     names = ["features", "hidden", "is_own", "tokens", "position", "past_key", "past_value", "mask"]
     dynamic = {name: {0: "r"} for name in ("features", "hidden", "is_own", "tokens", "position")}
+    dynamic |= {"past_key": {1: "past"}, "past_value": {1: "past"}}
     dynamic |= {"mask": {0: "r", 1: "all"}, "best": {0: "r"}, "logp": {0: "r"}, "out": {0: "r"}}
     dynamic |= {"keys": {1: "r"}, "values": {1: "r"}}
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from torch import Tensor
 from vla_spec.engines.nets.block_head import BlockHead, BlockHeadConfig
 from vla_spec.engines.nets.feature_head import FeatureHead, FeatureHeadConfig
 from vla_spec.engines.nets.demonstrations import Demonstrations, encode_words
-from vla_spec.engines.nets.vla import VLA
+from vla_spec.engines.nets.vla import VLA, VLAConfig
 from vla_spec.robots._metaworld_tasks import TASKS
 
 
@@ -71,7 +71,7 @@ def greedy_chunks(model: VLA, images: Tensor, words: Tensor, state: Tensor) -> t
 def target_outputs(
     model: VLA, vocabulary: list[str], data: Demonstrations, options: DistillOptions, report: Callable[[str], None]
 ) -> tuple[Outputs, np.ndarray]:
-    """Decode whole episodes until ``max_frames``; returns the outputs and which frames are for validation."""
+    """Decode whole episodes until ``max_frames``; returns the outputs and the frames they belong to."""
     c, rng = model.config, np.random.default_rng(options.seed)
     episodes = rng.permutation(np.unique(data.episode))
     counts = np.bincount(data.episode)
@@ -100,7 +100,7 @@ def target_outputs(
         earlier = index.get((episode, step - options.execute_horizon))
         if earlier is not None:
             history[i, : c.num_tokens - shift] = tokens[earlier, shift:]
-    return Outputs(tokens, features, history), data.is_validation[rows]
+    return Outputs(tokens, features, history), rows
 
 
 def block_head_loss(
@@ -265,3 +265,60 @@ def set_rate(optimiser: torch.optim.Optimizer, options: DistillOptions, step: in
     scale = min(1.0, (step + 1 - start) / 100, (options.steps - step) / (0.6 * options.steps))
     for group in optimiser.param_groups:
         group["lr"] = options.learning_rate * scale
+
+
+def distill_small_model(
+    model: VLA, vocabulary: list[str], data: Demonstrations, outputs: Outputs, rows: np.ndarray, checkpoint: Path,
+    options: DistillOptions, report: Callable[[str], None] = print,
+) -> VLA:  # fmt: skip
+    """Train an independent small policy on the target's tokens. ``rows``: frame of each entry of ``outputs``."""
+    c = model.config
+    torch.manual_seed(options.seed)
+    config = VLAConfig(
+        num_words=c.num_words, width=96, num_layers=2, num_heads=3, mlp_width=384, image_size=c.image_size,
+        num_cameras=c.num_cameras, tokens_per_camera=2, max_words=c.max_words, text_tokens=1, state_size=c.state_size,
+        horizon=c.horizon, action_size=c.action_size, num_bins=c.num_bins, stem_channels=(16, 24, 32),
+    )  # fmt: skip
+    small = VLA(config)
+    small.state_mean.copy_(model.state_mean)
+    small.state_std.copy_(model.state_std)
+    optimiser = torch.optim.AdamW(small.parameters(), lr=options.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    start = resume(small, checkpoint, report)
+    words = np.stack(
+        [np.stack([encode_words(p, vocabulary, c.max_words) for p in t.phrasings]) for t in TASKS.values()]
+    )
+    valid = data.is_validation[rows]
+    train_at, valid_at = np.flatnonzero(~valid), np.flatnonzero(valid)
+    rng, began = np.random.default_rng(options.seed + start), time.monotonic()
+
+    def logits_of(at: np.ndarray) -> tuple[Tensor, Tensor]:
+        frames = rows[at]
+        phrase = rng.integers(0, words.shape[1], len(at))
+        tokens = outputs.tokens[torch.from_numpy(at)]
+        logits, _ = small(
+            torch.from_numpy(data.images[frames]), torch.from_numpy(words[data.task[frames], phrase]),
+            torch.from_numpy(data.state[frames]), tokens,
+        )  # fmt: skip
+        return logits.float(), tokens
+
+    for step in range(start, options.steps):
+        set_rate(optimiser, options, step, start)
+        small.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, tokens = logits_of(np.sort(rng.choice(train_at, options.batch)))
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(small.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % 100 == 0:
+            hit = float((logits.argmax(-1) == tokens).float().mean())
+            rate = (time.monotonic() - began) / (step + 1 - start)
+            report(f"small model step {step + 1} loss {loss.item():.3f} right {hit:.2f} {rate:.3f} s/step")
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            save_progress(small, checkpoint, step + 1)
+            with torch.no_grad():
+                small.eval()
+                logits, tokens = logits_of(valid_at[:256])
+            report(f"validation: teacher-forced right {float((logits.argmax(-1) == tokens).float().mean()):.3f}")
+    return small.eval()

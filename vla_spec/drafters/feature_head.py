@@ -41,11 +41,13 @@ class FeatureHeadDrafter:
         self._session, self._options = session, options
         self._context, self._num_tokens = prompt_length - 1, num_tokens
         shapes = {i.name: i.shape for i in session.get_inputs()}
-        heads, self._capacity, width = shapes["past_key"]
+        heads, _, width = shapes["past_key"]
+        self._capacity = prompt_length - 1 + num_tokens
         self._keys = np.zeros((heads, self._capacity, width), np.float32)
         self._values = np.zeros_like(self._keys)
         self._feature_width, self._width = shapes["features"][1], shapes["hidden"][1]
         self._prompt_id = 256
+        self._floor = np.log(max(options.min_confidence, 1e-9))
         self._rows = 0
         self._prefix = np.zeros(0, np.int32)
 
@@ -74,7 +76,7 @@ class FeatureHeadDrafter:
         tree_values = np.zeros_like(tree_keys)
         ancestors = np.zeros((width, 0), bool)  # [f, rows of the tree so far]
         for level in range(1, depth):
-            if width == 1 and score[0] < np.log(self._options.min_confidence):
+            if width == 1 and score[0] < self._floor:
                 break
             f = len(frontier)
             n_tree = tree_keys.shape[1]
@@ -115,7 +117,7 @@ class FeatureHeadDrafter:
     def _keep(self, tokens: Int32, scores: Any, parents: Int32, gamma: int) -> Draft:
         """The best nodes, in an order where parents come first, with parents renumbered."""
         order = np.argsort(-scores, kind="stable")[:gamma]
-        confident = scores[order] >= np.log(self._options.min_confidence)
+        confident = scores[order] >= self._floor
         confident[0] = True  # at least one node
         order = np.sort(order[confident])
         number = np.full(len(tokens) + 1, -1, np.int32)  # the last entry stands for parent -1

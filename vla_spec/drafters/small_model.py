@@ -1,0 +1,83 @@
+"""Draft with an independent small policy of the same interface: it sees the same observation and writes the same tokens.
+
+The classic drafter: one small forward per drafted token, plus its own prefill per chunk.
+Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318; for multimodal targets Gagrani et al.
+2024, arXiv:2404.08856.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from vla_spec.errors import BadModel
+from vla_spec.interfaces import ChunkHistory, Engine
+from vla_spec.plugins import Parts
+from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Int32, Plan
+
+FOLDER = "small"  # inside the target's model folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """min_confidence: drafting stops after a token whose path probability falls below this. [0..1]"""
+
+    min_confidence: float = 0.2
+
+
+@final
+class SmallModelDrafter:
+    """Owns one small engine. Chains only; ``plan.top_k`` is not used. Not thread-safe."""
+
+    def __init__(self, engine: Engine, options: Options) -> None:
+        self._engine, self._options = engine, options
+        self._inputs: EngineInputs = {}
+        self._has_prompt = False
+        self._cached = np.zeros(0, np.int32)  # tokens whose rows are in the small engine's cache
+
+    def begin(self, inputs: EngineInputs, history: ChunkHistory | None) -> None:
+        """A new chunk starts; the small prefill runs at the first `propose`."""
+        self._inputs, self._has_prompt = inputs, False
+        self._cached = np.zeros(0, np.int32)
+
+    def propose(self, prefix: Int32, plan: Plan, features: object | None) -> Draft:
+        """At most ``min(gamma, depth)`` tokens, each the small model's own greedy choice."""
+        length = min(plan.gamma, plan.depth)
+        if length < 1 or not self._inputs:
+            return EMPTY_DRAFT
+        known = len(self._cached)
+        if not self._has_prompt or known >= len(prefix) or not np.array_equal(self._cached, prefix[:known]):
+            self._engine.prefill(self._inputs)
+            self._has_prompt, self._cached = True, np.zeros(0, np.int32)
+        # An engine has no way back from a commit, so drafted tokens are never committed: each pass scores the new
+        # tokens together with the draft so far. For a network this small k tokens cost little more than one.
+        new = prefix[len(self._cached) :]
+        if len(new) + length - 1 > self._engine.max_step:
+            length = max(1, self._engine.max_step - len(new) + 1)
+        chain = np.empty(len(new) + length, np.int32)
+        chain[: len(new)] = new
+        parents = np.arange(-1, len(chain) - 1, dtype=np.int32)
+        end, confidence = len(new), 1.0
+        while True:
+            row = self._engine.step(chain[:end], parents[:end]).logits[-1]
+            token = int(row.argmax())
+            confidence /= float(np.exp(row - row[token]).sum())
+            chain[end] = token
+            end += 1
+            if end == len(chain) or confidence < self._options.min_confidence:
+                break
+        self._engine.commit(np.arange(len(new), dtype=np.int32))
+        self._cached = prefix.astype(np.int32)
+        return Draft.chain(chain[len(new) : end].copy())
+
+
+def build(options: Options, parts: Parts) -> SmallModelDrafter:
+    """From configuration; needs the folder ``small`` inside the model folder."""
+    from vla_spec.engines.onnxruntime import OnnxRuntimeEngine
+
+    if parts.model_dir is None:
+        raise BadModel("drafter small_model needs a model folder; set `model:` in the configuration")
+    engine = OnnxRuntimeEngine(parts.model_dir / FOLDER, num_threads=parts.num_threads)
+    return SmallModelDrafter(engine, options)
