@@ -99,15 +99,21 @@ def test_learns_acceptance_per_depth():
 def test_a_depth_that_is_no_longer_tried_is_tried_again():
     made = controller(prior=0.7)
     gammas = []
-    for _ in range(300):
-        plan = made.plan(1 << 60, 30)
-        gammas.append(plan.gamma)
-        made.record(took(cost(plan.gamma), plan.gamma, 0))
+
+    def run(num_rounds, is_accepted):
+        for _ in range(num_rounds):
+            plan = made.plan(1 << 60, 30)
+            gammas.append(plan.gamma)
+            made.record(took(cost(plan.gamma), plan.gamma, plan.gamma * is_accepted))
+
+    run(2000, False)
     assert gammas[0] > 0
     assert 0 in gammas
     back = gammas.index(0)
     assert max(gammas[back:]) > 0, "once at 0 it never drafts again"
-    assert np.mean(np.array(gammas[100:]) == 0) > 0.9
+    assert 0.9 < np.mean(np.array(gammas[100:]) == 0) < 1.0
+    run(200, True)  # the draft has become good: that is noticed within some rounds
+    assert gammas[-1] == 8
 
 
 def test_corrects_itself_by_measured_over_predicted():

@@ -36,7 +36,9 @@ class Options:
             and fewer tokens.
         prior: acceptance assumed at every depth before anything was seen.
         prior_weight: how many observations the prior counts as.
-        forget: factor per round on the weight of what was seen; 1 = never forget.
+        forget: factor on the weight of what was seen at a depth, each time that it is seen again; 1 = never forget.
+        forget_untried: the same for every round in which a depth is not tried, which takes it back to the prior, so
+            that it is tried again some day; smaller tries hopeless drafts more often.
     """
 
     max_gamma: int = 16
@@ -50,6 +52,7 @@ class Options:
     prior: float = 0.7
     prior_weight: float = 4.0
     forget: float = 0.98
+    forget_untried: float = 0.998
 
     def __post_init__(self) -> None:
         if self.max_gamma < 0 or self.top_k < 1 or (self.depth is not None and self.depth < 0):
@@ -64,8 +67,9 @@ class Options:
         for name, value in (("tolerance", self.tolerance), ("quantile", self.quantile), ("prior", self.prior)):
             if not 0.0 <= value <= 1.0:
                 raise BadConfig(f"{name} must be in [0, 1], got {value}")
-        if not 0.0 < self.forget <= 1.0:
-            raise BadConfig(f"forget must be in (0, 1], got {self.forget}")
+        for name, factor in (("forget", self.forget), ("forget_untried", self.forget_untried)):
+            if not 0.0 < factor <= 1.0:
+                raise BadConfig(f"{name} must be in (0, 1], got {factor}")
 
 
 @final
@@ -73,9 +77,8 @@ class DeadlineController:
     """Maximises ``E[tokens(gamma)] / cost_ns(gamma)`` over every gamma whose round ends before the deadline.
 
     ``E[tokens] = 1 + sum over d of prod over j <= d of acceptance[j]``, where ``acceptance[j]`` is the share of rounds
-    that accepted draft depth j among those that accepted j - 1, forgotten at ``forget`` per round: depths that are
-    no longer tried drift back to the prior, so they are tried again. ``cost_ns(gamma)`` is the table's drafting cost
-    plus that of a step of gamma + 1 tokens, times the ``quantile`` of measured / predicted over the last ``window``
+    that accepted draft depth j among those that accepted j - 1; older rounds weigh less. ``cost_ns(gamma)`` is the
+    table's drafting cost plus that of a step of gamma + 1 tokens, times the ``quantile`` of measured / predicted over the last ``window``
     rounds (1 while there are none). Prefill rounds count neither for costs nor for acceptance.
 
     A chunk in which no round fitted drops the oldest quarter of that window: a stall must not end drafting for good.
@@ -154,10 +157,12 @@ class DeadlineController:
             return
         self._num_rounds += 1
         drafted, accepted = measured.num_drafted, measured.num_accepted
-        self._hits *= self._options.forget
-        self._tries *= self._options.forget
+        num_tried = min(accepted + 1, drafted, self._depth)  # depths that were judged
+        for counts in (self._hits, self._tries):
+            counts[:num_tried] *= self._options.forget
+            counts[num_tried:] *= self._options.forget_untried
         self._hits[:accepted] += 1.0
-        self._tries[: min(accepted + 1, drafted, self._depth)] += 1.0
+        self._tries[:num_tried] += 1.0
         self._num_warm += 1
         if self._num_warm > self._options.warmup:
             predicted_ns = self._predicted_ns[min(drafted, len(self._predicted_ns) - 1)]
