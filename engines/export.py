@@ -149,7 +149,7 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
             "head_width": width,
             "capacity": capacity,
             "prompt_length": config.prompt_length,
-            "feature_width": 3 * config.width,
+            "feature_width": config.feature_width,
             "vocab_size": NUM_BINS,
         },
     }

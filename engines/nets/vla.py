@@ -48,6 +48,11 @@ class VLAConfig:
         """T, action tokens in one chunk."""
         return self.horizon * self.action_size
 
+    @property
+    def feature_width(self) -> int:
+        """D, width of the hidden states that drafters see: three depths, or the last one of a very shallow network."""
+        return self.width * (3 if self.num_layers >= 3 else 1)
+
     def to_json(self) -> str:
         """As stored in the safetensors header."""
         return json.dumps(asdict(self))
