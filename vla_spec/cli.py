@@ -76,6 +76,7 @@ def _root(
 
 @app.command()
 def run(
+    context: typer.Context,
     modes: Modes = "",
     tasks: Tasks = None,
     episodes: Episodes = 1,
@@ -107,11 +108,12 @@ def run(
     )  # fmt: skip
     with _writable(out, "run") as folder, LiveProgress() as progress:
         results = evaluate(plan, progress)
-    _finish(results, folder, report)
+    _finish(results, folder, report, context.obj)
 
 
 @app.command()
 def bench(
+    context: typer.Context,
     modes: Modes = "",
     tasks: Tasks = None,
     episodes: Episodes = 1,
@@ -146,7 +148,7 @@ def bench(
     )  # fmt: skip
     with _writable(out, "bench") as folder, LiveProgress() as progress:
         results = benchmark(plan, progress)
-    _finish(results, folder, report)
+    _finish(results, folder, report, context.obj)
 
 
 @app.command()
@@ -254,13 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit. Errors of the user are one red line on stderr and the error's exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     is_debug = "--debug" in given
+    options = [item for item in given if item != "--debug"]
     try:
-        code = app(args=[item for item in given if item != "--debug"], prog_name="vla-spec", standalone_mode=False)
+        code = app(args=options, prog_name="vla-spec", standalone_mode=False, obj=given)
+    except (KeyboardInterrupt, Interrupted, typer.Abort):
+        code = Interrupted.exit_code
     except VlaSpecError as error:
         code = _report_error(str(error), error.exit_code, is_debug)
-    except (KeyboardInterrupt, typer.Abort):
-        stopped = Interrupted("stopped on request; what was written is whole")
-        code = _report_error(str(stopped), stopped.exit_code, is_debug)
     except typer.Exit as done:
         code = done.exit_code
     except typer.TyperException as error:
@@ -269,9 +271,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.close()  # the reader went away, as `head` does: not worth a word
         code = 0
     except Exception as error:
-        code = _report_error(
-            f"internal error: {type(error).__name__}: {error} (see where with --debug)", EXIT_BUG, is_debug
-        )
+        text = f"internal error: {type(error).__name__}: {error} (see where with --debug)"
+        code = _report_error(text, EXIT_BUG, is_debug)
+    if code == Interrupted.exit_code:  # by whichever way: typer turns Ctrl-C into a plain exit code
+        _report_error("stopped on request; what was written is whole", code, is_debug=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -347,11 +350,11 @@ def _writable(out: Path | None, kind: str) -> Iterator[Path]:
         raise
 
 
-def _finish(results: Results, folder: Path, with_report: bool) -> None:
-    """Save, draw and print the results of a run."""
+def _finish(results: Results, folder: Path, with_report: bool, arguments: Sequence[str]) -> None:
+    """Save, draw and print the results of a run that was called with these arguments."""
     from vla_spec.results import print_table, save
 
-    results = save(results, folder, "vla-spec " + shlex.join(sys.argv[1:]))
+    results = save(results, folder, shlex.join(["vla-spec", *arguments]))
     written = [folder / "results.json"]
     if with_report:
         from vla_spec.report import write_report

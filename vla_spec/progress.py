@@ -40,12 +40,17 @@ class Silent:
 
 @final
 class LiveProgress:
-    """Bars on stderr, redrawn twice a second so that drawing costs the measurement nothing to speak of."""
+    """Bars on stderr, redrawn twice a second so that drawing costs the measurement nothing to speak of.
+
+    Only where a person looks: a pipe or a log file gets errors and nothing else.
+    """
 
     def __init__(self) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=Console(stderr=True),
+            TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=console,
+            disable=not console.is_terminal,
             refresh_per_second=2,
         )  # fmt: skip
         self._task: TaskID | None = None

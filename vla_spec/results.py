@@ -248,7 +248,8 @@ def print_table(results: Results, console: Console) -> None:
     outcome = _table("What the robot got", "success", "95 % CI", "chunk p50", "p90", "p99", "max ms", "late")
     decoding = _table(
         "How it was decoded",
-        "tokens/\nfwd", "accept.\nlength", "fwds/\nchunk", "faster\ndecode", "faster\nchunk", "x\nlimit", "host", "agree",
+        "tokens/\nfwd", "accept.\nlength", "fwds/\nchunk", "faster\ndecode", "faster\nchunk", "x\nlimit", "host",
+        "agree",
     )  # fmt: skip
     for row in results.rows:
         outcome.add_row(

@@ -1,0 +1,117 @@
+"""Start-up cost tables: measured without warm-up, interpolated, written and read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from vla_spec.costs import MEASURED_CALLS, WARMUP_CALLS, Costs, measure_drafter, measure_engine, read_costs
+from vla_spec.errors import BadConfig
+from vla_spec.types import EMPTY_DRAFT, Plan, Scores
+
+
+class Ticking:
+    """A clock that a fake engine moves."""
+
+    def __init__(self):
+        self.now = 0
+
+    def __call__(self):
+        return self.now
+
+
+class Engine:
+    """A prefill costs 100, a step 10 plus 2 per token; the first calls of each kind cost ten times that."""
+
+    max_step = 16
+    features = None
+
+    def __init__(self, clock):
+        self.clock, self.calls = clock, {}
+
+    def spend(self, kind, ns):
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.clock.now += ns * (10 if self.calls[kind] <= WARMUP_CALLS else 1)
+
+    def prefill(self, inputs):
+        self.spend("prefill", 100)
+        return Scores(np.zeros((1, 4), np.float32))
+
+    def step(self, tokens, parents):
+        self.spend(f"step {len(tokens)}", 10 + 2 * len(tokens))
+
+
+class Drafter:
+    def __init__(self, clock):
+        self.clock, self.begun, self.asked = clock, 0, 0
+
+    def begin(self, inputs, history):
+        self.begun += 1
+
+    def propose(self, prefix, plan, features):
+        self.asked += 1
+        self.clock.now += 3 * plan.gamma
+        return EMPTY_DRAFT
+
+
+def measured():
+    clock = Ticking()
+    engine = Engine(clock)
+    return measure_engine(engine, {}, 32, clock), engine, clock
+
+
+def test_warm_up_is_left_out_and_sizes_stop_at_the_engines_limit():
+    costs, engine, _ = measured()
+    assert costs.prefill_ns == 100
+    assert {k: cost[0.5] for k, cost in costs.step.items()} == {k: 10 + 2 * k for k in (1, 2, 4, 6, 8, 12, 16)}
+    assert engine.calls["step 4"] == WARMUP_CALLS + MEASURED_CALLS
+
+
+def test_costs_between_sizes_are_interpolated_and_never_extrapolated():
+    costs, _, _ = measured()
+    assert costs.step_ns(10) == 30
+    assert costs.step_ns(99) == costs.step_ns(16) == 42
+    assert costs.limit_ns(12) == 100 + 34
+
+
+def test_a_drafter_is_told_about_a_new_chunk_before_each_call():
+    costs, engine, clock = measured()
+    drafter = Drafter(clock)
+    full = measure_drafter(costs, drafter, engine, {}, Plan(0, 0, 2), clock)
+    assert drafter.begun == drafter.asked
+    assert {k: cost[0.5] for k, cost in full.draft.items()} == {1: 3, 2: 6, 4: 12, 8: 24}
+    assert full.medians()["draft"][4] == 12
+
+
+def test_a_table_survives_being_written_and_read(tmp_path):
+    costs, _, _ = measured()
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({"exact": costs.as_json()}))
+    assert read_costs(file, "exact") == costs
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"exact": 3}', '{"exact": {"prefill": {"0.5": 1}, "step": {}}}'])
+def test_what_is_no_table_is_refused_by_name(tmp_path, text):
+    file = tmp_path / "costs.json"
+    file.write_text(text)
+    with pytest.raises(BadConfig, match=r"runtime\.costs: .*costs\.json"):
+        read_costs(file, "exact")
+    with pytest.raises(BadConfig, match="can't be read"):
+        read_costs(tmp_path / "none.json", "exact")
+
+
+@pytest.mark.parametrize("key", ["prefill", "step"])
+def test_a_table_needs_prefill_and_step(key):
+    tree = measured()[0].as_json()
+    del tree[key]
+    with pytest.raises(BadConfig, match="not a cost table"):
+        Costs.from_json(tree, "here")
+
+
+def test_quantiles_rise():
+    costs, _, _ = measured()
+    for cost in (costs.prefill, *costs.step.values()):
+        assert all(a <= b for a, b in itertools.pairwise(cost.values()))

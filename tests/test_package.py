@@ -1,0 +1,205 @@
+"""The package: pip's and colcon's descriptions agree, the wheel holds real files, the core imports light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import vla_spec
+from vla_spec import plugins
+from vla_spec.config import mode_names
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ("run", "train", "test")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+def setup_arguments():
+    """Keyword arguments of the call of setup(), as source."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (call,) = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+    ]
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+def package_xml():
+    return ElementTree.parse(ROOT / "package.xml").getroot()
+
+
+def pins(name):
+    lines = (ROOT / "requirements" / f"{name}.lock").read_text().split()
+    return dict(line.split("==") for line in lines)
+
+
+def test_versions_agree():
+    assert package_xml().findtext("version") == vla_spec.__version__
+    assert f"## {vla_spec.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_package_xml_is_an_ament_python_package_of_format_3():
+    root = package_xml()
+    assert root.get("format") == "3"
+    assert root.findtext("name") == "vla_spec"
+    assert root.findtext("license") == "Apache-2.0" == ast.literal_eval(setup_arguments()["license"])
+    assert root.findtext("export/build_type") == "ament_python"
+    assert {"rclpy", "sensor_msgs", "trajectory_msgs"} <= {item.text for item in root.findall("exec_depend")}
+
+
+def test_colcon_finds_the_marker_and_the_scripts():
+    assert (ROOT / "resource" / "vla_spec").is_file()
+    data_files = setup_arguments()["data_files"]
+    assert "share/ament_index/resource_index/packages" in data_files
+    assert "package.xml" in data_files
+    setup_cfg = (ROOT / "setup.cfg").read_text()
+    assert "script_dir = $base/lib/vla_spec" in setup_cfg
+    assert "install_scripts = $base/lib/vla_spec" in setup_cfg
+
+
+def test_entry_points_exist():
+    for module, function in re.findall(r"= ([\w.]+):(\w+)", setup_arguments()["entry_points"]):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+        assert f"def {function}(" in source
+
+
+@pytest.mark.parametrize("name", ["engines", "nodes", "calib"])
+def test_top_level_folders_are_reached_by_relative_links(name):
+    link = ROOT / "vla_spec" / name
+    assert link.is_symlink()
+    assert str(link.readlink()) == f"../{name}"
+    assert (link / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_locks_are_plain_exact_pins(name):
+    text = (ROOT / "requirements" / f"{name}.lock").read_text()
+    for line in text.splitlines():
+        assert re.fullmatch(r"[a-z0-9][a-z0-9.-]*==[0-9][\w.]*", line), line
+
+
+def test_locks_fit_into_one_environment_and_running_needs_no_torch():
+    run, train, test = (pins(name) for name in LOCKS)
+    assert run.items() <= train.items() <= test.items()
+    assert "torch" not in run
+    assert test["torch"] == "2.13.0"
+    assert run["metaworld"] == "3.1.1"
+    assert {"onnxruntime", "packaging", "mujoco", "matplotlib", "jinja2", "pillow", "setuptools"} <= set(run)
+
+
+def test_what_setup_asks_for_is_pinned():
+    names = set(
+        re.findall(r'"([a-z][a-z0-9-]*)(?:[<>=]=[^"]*)?"', (ROOT / "setup.py").read_text().split("def share")[0])
+    )
+    assert {"numpy", "torch", "onnx", "hypothesis"} <= names
+    assert names - {"types-PyYAML"} <= {*pins("test"), "types-pyyaml"}
+
+
+def test_the_core_imports_with_numpy_and_the_standard_library_only():
+    script = (
+        "import sys\n"
+        "import vla_spec.types, vla_spec.interfaces, vla_spec.decoder, vla_spec.plugins, vla_spec.policy\n"
+        "import vla_spec.chunks, vla_spec.runtime, vla_spec.trace, vla_spec.engines.toy, vla_spec.drafters.ngram\n"
+        "third = {m.split('.')[0] for m in sys.modules} & "
+        "{'pydantic', 'yaml', 'typer', 'rich', 'torch', 'onnxruntime', 'rclpy', 'mujoco', 'matplotlib'}\n"
+        "assert not third, third\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy without build leftovers, as a packager would."""
+    out = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source") / "vla_spec"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        pytest.skip("needs a git checkout")
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if not name or name.startswith(("models/", "tests/")) or not (path.is_symlink() or path.is_file()):
+            continue
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            target.symlink_to(path.readlink())
+        else:
+            target.write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_real_files_and_nothing_at_the_top_level_but_the_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        tops = {name.split("/")[0] for name in names}
+        assert tops == {
+            "vla_spec",
+            f"vla_spec-{vla_spec.__version__}.dist-info",
+            f"vla_spec-{vla_spec.__version__}.data",
+        }
+        for folder in ("engines", "nodes", "calib"):
+            assert f"vla_spec/{folder}/__init__.py" in names
+        for kind, folder in plugins.FOLDERS.items():
+            for name in plugins.names(kind):
+                assert {f"vla_spec/{folder}/{name}.py", f"vla_spec/{folder}/{name}/__init__.py"} & set(names)
+        for mode in mode_names():
+            assert f"vla_spec/modes/{mode}.yaml" in names
+        assert {"vla_spec/templates/report.html.j2", "vla_spec/templates/report.css", "vla_spec/py.typed"} <= set(names)
+        data = f"vla_spec-{vla_spec.__version__}.data/data/share"
+        assert f"{data}/ament_index/resource_index/packages/vla_spec" in names
+        assert f"{data}/vla_spec/package.xml" in names
+
+
+def test_the_wheel_works_without_the_source_tree(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    script = (
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        "import vla_spec, vla_spec.engines.toy, vla_spec.nodes, vla_spec.calib\n"
+        "from vla_spec import config, plugins\n"
+        f"assert vla_spec.engines.toy.__file__.startswith({str(tmp_path)!r}), vla_spec.engines.toy.__file__\n"
+        "assert 'toy' in plugins.names('engine') and 'exact' in config.mode_names()\n"
+        "from vla_spec import cli\n"
+        "cli.main(['run', '--engine', 'toy', '--robot', 'toy', '--modes', 'autoregressive', '--max-steps', '8',"
+        " '--out', 'out'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_make_help_lists_every_target():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for target in ("run", "test", "check", "bench", "help", "doctor"):
+        assert re.search(rf"^\s+make {target}\s+\S", done.stdout, re.MULTILINE)
+
+
+def test_ci_runs_the_tests_that_a_user_runs():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o100
+    text = script.read_text()
+    assert "set -euo pipefail" in text
+    assert "make test" in text
