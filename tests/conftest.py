@@ -1,8 +1,14 @@
 """Strict numerics for all tests: what NumPy would whisper about is an error here."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import settings
+
+# Stand-ins are imported by name (`contract.fakes`), however pytest was started and whatever is a package here.
+sys.path.insert(0, str(Path(__file__).parent))
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("repeatable")

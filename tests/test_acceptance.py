@@ -83,6 +83,14 @@ def test_a_token_that_the_target_excludes_is_never_accepted_nor_recovered():
         assert verdict.next_token in (1, 2)
 
 
+def test_siblings_of_an_accepted_token_are_not_tried():
+    scores = logits_of([0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    rule = build("rule", "rejection", toy_parts())
+    draft = Draft(np.array([1, 2, 1], np.int32), np.array([-1, -1, -1], np.int32))
+    verdict = rule.judge(draft, scores, NONE_COMMITTED, np.random.default_rng(0))
+    assert (verdict.path.tolist(), verdict.next_token) == ([0], 2)
+
+
 def test_a_rejected_chosen_token_is_not_recovered():
     scores = logits_of([0.5, 0.5, 0.0], [1.0, 0.0, 0.0])
     rule = build("rule", "rejection", toy_parts())
@@ -160,6 +168,35 @@ def test_typical_needs_less_probability_where_the_target_is_unsure():
     rng = np.random.default_rng(0)
     assert len(rule.judge(draft, logits_of(sure, sure), NONE_COMMITTED, rng).path) == 0
     assert len(rule.judge(draft, logits_of(unsure, unsure), NONE_COMMITTED, rng).path) == 1
+
+
+def test_typical_threshold_is_epsilon_where_the_target_is_sure():
+    sure = np.array([0.79, 0.21])  # delta * exp(-entropy) = 0.239
+    draft, rng = Draft.chain(np.array([1], np.int32)), np.random.default_rng(0)
+    for epsilon, is_accepted in ((0.2, True), (0.22, False)):
+        rule = build("rule", "typical", toy_parts(), epsilon=epsilon, delta=0.4)
+        assert (len(rule.judge(draft, logits_of(sure, sure), NONE_COMMITTED, rng).path) == 1) == is_accepted
+
+
+def test_tolerance_divides_the_typical_threshold():
+    probs = np.array([0.85, 0.15])
+    rule = build("rule", "typical", toy_parts(), epsilon=0.09)
+    draft, rng = Draft.chain(np.array([1], np.int32)), np.random.default_rng(0)
+    for tolerance, is_accepted in ((1.0, True), (0.7, True), (0.5, False)):
+        verdict = rule.judge(draft, logits_of(probs, probs), NONE_COMMITTED, rng, tolerance)
+        assert (len(verdict.path) == 1) == is_accepted
+
+
+@pytest.mark.parametrize(("tolerance", "num_accepted"), [(1.0, 2), (0.75, 1), (0.25, 0)])
+def test_tolerance_scales_cap_and_budget(tolerance, num_accepted):
+    parts = toy_parts()
+    unit = float(parts.domain.unit_per_bin[0])
+    rule = build("rule", "relaxed_physical", parts, cap=(9 * unit + 1e-9,), budget=(6 * unit + 1e-9,))
+    logits = np.zeros((3, 256), np.float32)
+    logits[:, 100] = 5.0
+    draft = Draft.chain(np.array([103, 103], np.int32))
+    verdict = rule.judge(draft, Scores(logits), NONE_COMMITTED, np.random.default_rng(0), tolerance)
+    assert len(verdict.path) == num_accepted
 
 
 def test_typical_threshold_is_the_papers():

@@ -116,6 +116,27 @@ def test_a_depth_that_is_no_longer_tried_is_tried_again():
     assert gammas[-1] == 8
 
 
+def test_depths_behind_the_first_rejection_and_cut_off_nodes_say_nothing():
+    """Only judged depths count: nothing is known about depth 3 when depth 2 was rejected."""
+    made = controller(prior=0.9, prior_weight=1.0, forget=1.0, forget_untried=1.0)
+    for _ in range(50):
+        assert made.plan(1 << 60, 4).depth <= 3
+        made.record(took(cost(3), 3, 0))
+    # Depth 1 is hopeless. Were depths 2 and 3 counted as rejected too, they would stay hopeless below.
+    for _ in range(2000):
+        made.record(took(cost(1), 1, 1))
+    assert made.plan(1 << 60, 4).depth == 3
+
+
+def test_recent_rounds_weigh_more():
+    made = controller()
+    for is_accepted, expected in ((True, 8), (False, 0)):
+        for _ in range(1000 if is_accepted else 200):
+            gamma = made.plan(1 << 60, 30).gamma
+            made.record(took(cost(gamma), gamma, gamma * is_accepted))
+        assert made.plan(1 << 60, 30).gamma == expected
+
+
 def test_corrects_itself_by_measured_over_predicted():
     made = controller(quantile=1.0)
     made.record(took(2 * cost(0)))

@@ -2,7 +2,16 @@
 
 import numpy as np
 import pytest
-from contract.fakes import Scripted, Stopwatch, TableEngine, build, toy_engine, toy_inputs, toy_parts, tree_drafter
+from contract.fakes import (
+    Scripted,
+    Stopwatch,
+    TableEngine,
+    build,
+    toy_engine,
+    toy_inputs,
+    toy_parts,
+    tree_drafter,
+)
 
 from vla_spec.decoder import SpeculativeDecoder
 from vla_spec.interfaces import ChunkHistory

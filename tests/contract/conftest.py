@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from contract import fakes
 
+from contract import fakes
 from vla_spec import plugins
 from vla_spec.errors import BadConfig, BadModel, MissingDependency
 from vla_spec.plugins import Parts

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from contract.fakes import random_tree
 
+from contract.fakes import random_tree
 from vla_spec.interfaces import Engine
 
 ATOL = 2e-3  # of fp32 logits summed in another order

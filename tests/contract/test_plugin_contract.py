@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from contract.conftest import NEVER_SKIPPED
 
+from contract.conftest import NEVER_SKIPPED
 from vla_spec import plugins
 from vla_spec.errors import MissingDependency, UnknownOption
 

@@ -78,8 +78,8 @@ class DeadlineController:
 
     ``E[tokens] = 1 + sum over d of prod over j <= d of acceptance[j]``, where ``acceptance[j]`` is the share of rounds
     that accepted draft depth j among those that accepted j - 1; older rounds weigh less. ``cost_ns(gamma)`` is the
-    table's drafting cost plus that of a step of gamma + 1 tokens, times the ``quantile`` of measured / predicted over the last ``window``
-    rounds (1 while there are none). Prefill rounds count neither for costs nor for acceptance.
+    table's drafting cost plus that of a step of gamma + 1 tokens, times the ``quantile`` of measured / predicted over
+    the last ``window`` rounds (1 while there are none). Prefill rounds count neither for costs nor for acceptance.
 
     A chunk in which no round fitted drops the oldest quarter of that window: a stall must not end drafting for good.
     """

@@ -1,0 +1,1 @@
+"""Contract tests: they find every plugin and hold it to its interface."""
