@@ -1,4 +1,4 @@
-"""The files of one exported model, and what they must be: policy.json, safetensors, ONNX graphs, golden inputs.
+"""The files of one exported model: policy.json (the adapter's), engine.json, safetensors, ONNX graphs, golden inputs.
 
 A model folder holds data only. ``target.safetensors`` keeps the weights once, in half precision; the ONNX graphs point
 into it (external data), so every engine reads the same bytes.
@@ -14,6 +14,10 @@ from typing import Any
 from vla_spec.errors import BadModel
 
 WEIGHTS = "target.safetensors"
+SIZES = "engine.json"
+SIZE_NAMES = (
+    "num_layers", "num_heads", "head_width", "capacity", "prompt_length", "feature_width", "vocab_size",
+)  # fmt: skip
 
 
 def require_model_dir(path: Path | None) -> Path:
@@ -24,30 +28,26 @@ def require_model_dir(path: Path | None) -> Path:
     """
     if path is None:
         raise BadModel("this engine needs a model folder; set `model:` in the configuration")
-    missing = [name for name in ("policy.json", WEIGHTS) if not (path / name).is_file()]
+    missing = [name for name in ("policy.json", SIZES, WEIGHTS) if not (path / name).is_file()]
     if missing:
         raise BadModel(f"{path}: {' and '.join(missing)} missing; `vla-spec export` writes a model folder")
     return path
 
 
-def read_policy(path: Path) -> dict[str, Any]:
-    """policy.json as written by export.
+def read_sizes(path: Path) -> dict[str, Any]:
+    """engine.json: num_layers, num_heads, head_width, capacity, prompt_length, feature_width, vocab_size, weights_sha256.
 
     Raises:
-        BadModel: unreadable.
+        BadModel: missing or not what export writes.
     """
-    file = require_model_dir(path) / "policy.json"
+    file = require_model_dir(path) / SIZES
     try:
-        policy: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        policy["engine"]["num_layers"]
+        sizes: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for name in SIZE_NAMES:
+            if not isinstance(sizes[name], int):
+                raise TypeError(f"{name} is {sizes[name]!r}")
     except (ValueError, KeyError, TypeError) as error:
-        raise BadModel(f"{file}: not a policy description ({error!r}); export the model again") from error
-    return policy
-
-
-def read_sizes(path: Path) -> dict[str, int]:
-    """Sizes that an engine allocates by: num_layers, num_heads, head_width, capacity, feature_width, vocab_size."""
-    sizes: dict[str, int] = read_policy(path)["engine"]
+        raise BadModel(f"{file}: not an engine description ({error!r}); export the model again") from error
     return sizes
 
 
@@ -66,9 +66,9 @@ def check_weights(path: Path) -> str:
     Raises:
         BadModel: the file changed since.
     """
-    expected, found = read_policy(path).get("weights_sha256"), hash_weights(path)
+    expected, found = read_sizes(path).get("weights_sha256"), hash_weights(path)
     if expected != found:
         raise BadModel(
-            f"{path / WEIGHTS}: corrupt or of another model (sha256 {found[:12]}…, policy.json says {str(expected)[:12]}…)"
+            f"{path / WEIGHTS}: corrupt or of another model (sha256 {found[:12]}…, engine.json says {str(expected)[:12]}…)"
         )
     return found

@@ -90,7 +90,7 @@ def export_graph(
 
 
 def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: dict[str, np.ndarray]) -> None:
-    """Write policy.json, target.safetensors, prefill.onnx, step.onnx and golden.npz into ``out``.
+    """Write policy.json, engine.json, target.safetensors, prefill.onnx, step.onnx and golden.npz into ``out``.
 
     Args:
         model: trained network. vocabulary: words by id.
@@ -124,8 +124,6 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
             weights_file, out / "step.onnx",
         )  # fmt: skip
     policy: dict[str, Any] = {
-        "format": 1,
-        "weights_sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
         "image_size": config.image_size,
         "num_cameras": config.num_cameras,
         "state_size": config.state_size,
@@ -138,24 +136,28 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
             "vocab_size": NUM_BINS,
             "low": [TOKENIZER_LOW] * config.action_size,
             "high": [TOKENIZER_HIGH] * config.action_size,
+            "unit": [0.01, 0.01, 0.01, 1.0],  # an action of 1 moves the arm's target by 1 cm; the gripper is a switch
         },
         "never_relaxed_dofs": [3],
         "groups": [0, 0, 0, 1],
         "state_low": [-1.0, -0.5, -0.5, -0.5],
         "state_high": [1.0, 1.5, 1.5, 1.5],
-        "engine": {
-            "num_layers": layers,
-            "num_heads": heads,
-            "head_width": width,
-            "capacity": capacity,
-            "prompt_length": config.prompt_length,
-            "feature_width": config.feature_width,
-            "vocab_size": NUM_BINS,
-        },
     }
-    temporary = out / "policy.tmp"
-    temporary.write_text(json.dumps(policy, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / "policy.json")
+    sizes = {
+        "format": 1,
+        "weights_sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
+        "num_layers": layers,
+        "num_heads": heads,
+        "head_width": width,
+        "capacity": capacity,
+        "prompt_length": config.prompt_length,
+        "feature_width": config.feature_width,
+        "vocab_size": NUM_BINS,
+    }
+    for name, content in (("policy.json", policy), ("engine.json", sizes)):
+        temporary = out / f".{name}.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(out / name)
     write_golden(out, golden_inputs)
 
 
