@@ -1,5 +1,8 @@
-"""A fixed-capacity key-value cache in host memory, with tree masks. Rows enter only by `commit`, so that nothing that was
-drafted has to be rolled back; a commit copies the accepted rows and touches no others."""
+"""A fixed-capacity key-value cache in host memory, with tree masks.
+
+Rows enter only by `commit`, so that nothing that was drafted has to be rolled back; a commit copies the accepted rows
+and touches no others.
+"""
 
 from __future__ import annotations
 

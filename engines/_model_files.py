@@ -35,7 +35,7 @@ def require_model_dir(path: Path | None) -> Path:
 
 
 def read_sizes(path: Path) -> dict[str, Any]:
-    """engine.json: num_layers, num_heads, head_width, capacity, prompt_length, feature_width, vocab_size, weights_sha256.
+    """What engine.json says: the numbers of `SIZE_NAMES`, and weights_sha256.
 
     Raises:
         BadModel: missing or not what export writes.
@@ -69,6 +69,7 @@ def check_weights(path: Path) -> str:
     expected, found = read_sizes(path).get("weights_sha256"), hash_weights(path)
     if expected != found:
         raise BadModel(
-            f"{path / WEIGHTS}: corrupt or of another model (sha256 {found[:12]}…, engine.json says {str(expected)[:12]}…)"
+            f"{path / WEIGHTS}: corrupt or of another model (sha256 {found[:12]}…, engine.json says "
+            f"{str(expected)[:12]}…)"
         )
     return found

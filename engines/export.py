@@ -1,6 +1,6 @@
-"""Write a trained policy as a model folder: half-precision weights once, ONNX graphs that point into them, golden inputs.
+"""Write a trained policy as a model folder: weights once, ONNX graphs that point into them, golden inputs.
 
-The graphs are exported in fp32 with every large weight replaced by "external half-precision tensor, then Cast", which
+The weights are in half precision. The graphs are exported in fp32 with every large weight replaced by "external half-precision tensor, then Cast", which
 ONNX Runtime folds when it loads. So a 12 M parameter policy ships as 24 MB for all engines together.
 """
 
@@ -93,7 +93,9 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
     """Write policy.json, engine.json, target.safetensors, prefill.onnx, step.onnx and golden.npz into ``out``.
 
     Args:
-        model: trained network. vocabulary: words by id.
+        model: trained network.
+        vocabulary: words by id.
+        out: the folder; made if it is not there.
         golden_inputs: images uint8 [1, cameras, s, s, 3], words int64 [1, w], state float32 [1, s].
     """
     out.mkdir(parents=True, exist_ok=True)

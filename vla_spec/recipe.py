@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vla_spec.clock import MonotonicClock
 from vla_spec.config import EXTRA_OF_LIBRARY, build_options, set_key
+from vla_spec.decoder import SpeculativeDecoder
 from vla_spec.errors import BadConfig, BadModel, MissingDependency, UnknownOption
 from vla_spec.progress import Reporter
 from vla_spec.robots._metaworld_tasks import TASKS
@@ -22,8 +24,6 @@ from vla_spec.types import Float32, Observation
 
 #: Episodes that one process collects before it asks for more work.
 EPISODES_PER_JOB = 10
-#: Prefix of the functions in `vla_spec.engines.nets.distill` that train a drafter, and in `export` that write one.
-DISTILL, EXPORT = "distill_", "export_"
 
 Say = Callable[[str], None]
 
@@ -47,7 +47,7 @@ def collect_demonstrations(
         tasks: None = all.
         seeds: of each task.
         processes: simulators side by side.
-        policy: checkpoint that drives part of each episode; None = the noisy expert drives.
+        policy: model folder that drives part of each episode; None = the noisy expert drives.
         progress: told about each job of `EPISODES_PER_JOB` episodes.
 
     Raises:
@@ -56,8 +56,8 @@ def collect_demonstrations(
     for task in tasks or ():
         if task not in TASKS:
             raise UnknownOption("task", task, TASKS, "--tasks")
-    if policy is not None and not policy.is_file():
-        raise BadModel(f"--policy {policy}: no such file; `vla-spec train` writes it")
+    if policy is not None and not (policy / "policy.json").is_file():
+        raise BadModel(f"--policy {policy}: not a model folder; `vla-spec export` writes one")
     with _needs("sim"):
         import metaworld  # noqa: F401 - fail here and not in every process
     _make_folder(out)
@@ -115,20 +115,18 @@ def distill_drafters(
         from vla_spec.engines.nets import distill
         from vla_spec.engines.nets.demonstrations import Demonstrations
         from vla_spec.engines.nets.train import load_policy
-    known = _functions(distill, DISTILL)
     for name in drafters or ():
-        if name not in known:
-            raise UnknownOption("drafter to distill", name, known, "--drafters")
+        distill.distiller(name)
     options = build_options(distill.DistillOptions, _tree(settings), "distill")
     _check_checkpoint(checkpoint, "vla-spec train")
     _check_data(data)
     _make_folder(out)
     model, vocabulary = load_policy(checkpoint)
     demonstrations = Demonstrations(list(data), model.config.horizon)
-    outputs, is_validation = distill.target_outputs(model, vocabulary, demonstrations, options, say)
-    for name in drafters or known:
+    source = distill.target_outputs(model, vocabulary, demonstrations, options, say)
+    for name in drafters or distill.distillers():
         say(f"distilling {name}")
-        known[name](model, outputs, is_validation, out / f"{name}.safetensors", options, say)
+        distill.distill(name, source, out / f"{name}.safetensors", options, say)
 
 
 def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
@@ -147,42 +145,38 @@ def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
     model, vocabulary = load_policy(checkpoint)
     export.export_policy(model, vocabulary, out, _golden_inputs(model.config, vocabulary))
     say(f"{out}: policy")
-    trainers, writers = _functions(distill, DISTILL), _functions(export, EXPORT)
-    for name, trainer in trainers.items():
+    for name in distill.distillers():
         file = drafters / f"{name}.safetensors"
-        if not file.is_file() or name not in writers:
+        if not file.is_file():
             say(f"{out}: no {name} ({file} is not there)")
             continue
-        # No steps: it only builds the network and loads the checkpoint.
-        options = distill.DistillOptions(steps=0)
-        writers[name](trainer(model, None, np.zeros(0, np.bool_), file, options, say), out)
+        network = distill.distiller(name).build(model)
+        distill.restore(network, file)
+        distill.distiller(name).export(network.eval(), out)
         say(f"{out}: {name}")
 
 
-def act_with(checkpoint: Path) -> Callable[[Observation], Float32]:
-    """A trained policy as a function: observation to actions float32 [H, A], greedy, on the reference network."""
-    import torch
+def act_with(model_dir: Path) -> Callable[[Observation], Float32]:
+    """An exported policy as a function: observation to actions float32 [H, A], plain greedy decoding, one thread."""
+    from vla_spec import plugins
+    from vla_spec.adapters import vla
+    from vla_spec.engines.onnxruntime import OnnxRuntimeEngine
 
-    from vla_spec.engines.nets.demonstrations import encode_words
-    from vla_spec.engines.nets.distill import greedy_chunks
-    from vla_spec.engines.nets.levels import TOKENIZER_HIGH, TOKENIZER_LOW
-    from vla_spec.engines.nets.train import load_policy
-    from vla_spec.tokenizers.uniform_bins import Options, UniformBins
+    adapter = vla.load(model_dir)
+    engine = OnnxRuntimeEngine(model_dir)
+    parts = plugins.Parts(adapter.domain, adapter.tokenizer, model_dir, engine)
 
-    torch.set_num_threads(1)
-    model, vocabulary = load_policy(checkpoint)
-    size = model.config.action_size
-    tokenizer = UniformBins(Options(model.config.num_bins, (TOKENIZER_LOW,) * size, (TOKENIZER_HIGH,) * size))
+    def part(kind: str, name: str) -> Any:
+        plugin = plugins.load(kind, name)
+        return plugin.build(plugin.options(), parts)
+
+    decoder = SpeculativeDecoder(
+        engine, part("drafter", "none"), part("rule", "greedy"), part("controller", "fixed"),
+        adapter.domain.num_tokens, MonotonicClock().now_ns, np.random.default_rng(0),
+    )  # fmt: skip
 
     def act(observation: Observation) -> Float32:
-        words = encode_words(observation.instruction, vocabulary, model.config.max_words)
-        tokens, _ = greedy_chunks(
-            model,
-            torch.from_numpy(observation.images[None]),
-            torch.from_numpy(words[None]),
-            torch.from_numpy(observation.state[None]),
-        )
-        return tokenizer.decode(tokens[0].numpy().astype(np.int32))
+        return adapter.decode(decoder.decode(adapter.encode(observation), 1 << 62).tokens)
 
     return act
 
@@ -214,14 +208,6 @@ def _golden_inputs(config: Any, vocabulary: list[str]) -> dict[str, np.ndarray[A
         robot.close()
     words = encode_words(seen.instruction, vocabulary, config.max_words)
     return {"images": seen.images[None], "words": words[None], "state": seen.state[None]}
-
-
-def _functions(module: Any, prefix: str) -> dict[str, Callable[..., Any]]:
-    """Drafter plugin name -> the module's function for it, found by name."""
-    from vla_spec import plugins
-
-    found = ((name, vars(module).get(prefix + name)) for name in plugins.names("drafter"))
-    return {name: function for name, function in found if callable(function)}
 
 
 def _tree(settings: Sequence[str]) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class BlockHead(nn.Module):
     ) -> Tensor:
         """Logits [..., n, V] for n positions in a row.
 
-        keys, values [..., heads, r, head_width]; mask [..., 1, 1, r] additive; last [..., 1]; position, history [..., n].
+        keys, values [..., heads, r, head_width]; mask [..., 1, 1, r] additive; last [..., 1];
+        position, history [..., n].
         """
         c = self.config
         ago = (position - position[..., :1]).clamp(0, c.num_tokens - 1)

@@ -78,7 +78,7 @@ class Demonstrations:
 
 
 def augment(images: np.ndarray, rng: np.random.Generator, shift: int) -> np.ndarray:
-    """Shift each picture by up to ``shift`` pixels (edges repeated), scale brightness and contrast. uint8 in and out."""
+    """Shift each picture by up to ``shift`` pixels (edges repeated), scale brightness and contrast. uint8."""
     n, cameras, height, width, _ = images.shape
     out = np.empty_like(images)
     rows, columns = np.arange(height), np.arange(width)

@@ -1,4 +1,4 @@
-"""The policy as the two graphs that every engine runs: prefill (prompt in, cache rows out) and step (k tokens of a tree)."""
+"""What every engine runs, as graphs: prefill (prompt in, cache rows out), step (k tokens of a tree), drafters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Train the embedded policy on demonstrations. Can be interrupted at any time and goes on from its last checkpoint.
 
-Behaviour cloning with soft labels over action levels, multi-token prediction as an auxiliary task, noise on the fed-back
-tokens (so that a relaxed token does not derail the rest of the chunk), and an exponential moving average of the weights.
+Behaviour cloning with soft labels over action levels, multi-token prediction as an auxiliary task, noise on the
+fed-back tokens (so that a relaxed token does not derail the rest of the chunk), and an exponential moving average of
+the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from vla_spec.engines.nets.demonstrations import Demonstrations, augment, build_vocabulary, encode_words
 from vla_spec.engines.nets.levels import LEVEL_BINS, level_position, soft_cross_entropy, tokens_from_actions
 from vla_spec.engines.nets.vla import VLA, VLAConfig
+from vla_spec.errors import BadModel
 from vla_spec.robots._metaworld_tasks import TASKS
 
 
@@ -58,12 +60,14 @@ def load_policy(path: Path) -> tuple[VLA, list[str]]:
     """The averaged weights of a checkpoint (or the weights of a shipped file) and the vocabulary."""
     with safe_open(path, "pt") as file:
         meta = file.metadata()
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
     prefix = "ema." if any(k.startswith("ema.") for k in tensors) else ""
     model = VLA(VLAConfig.from_json(meta["config"]))
     weights = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not [m for m in missing if not m.startswith("ahead_")] and not unexpected, f"{missing=} {unexpected=}"
+    missing = [m for m in missing if not m.startswith("ahead_")]
+    if missing or unexpected:
+        raise BadModel(f"{path}: missing tensors {missing[:5]}, unexpected tensors {unexpected[:5]}")
     return model.eval(), json.loads(meta["vocabulary"])
 
 

@@ -172,7 +172,7 @@ class VLA(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def embed_prompt(self, images: Tensor, words: Tensor, state: Tensor) -> Tensor:
-        """images uint8 [n, cameras, h, w, 3], words int64 [n, max_words], state [n, s] -> [n, prompt, width]."""
+        """Prompt rows [n, p, width] of images uint8 [n, cameras, h, w, 3], words int64 [n, max_words], state [n, s]."""
         c, n = self.config, len(images)
         pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() * (2 / 255) - 1
         maps = self.stem(pixels).reshape(n, c.num_cameras, -1)
@@ -224,6 +224,6 @@ class VLA(nn.Module):
         return self.head(hidden), hidden
 
     def look_ahead(self, hidden: Tensor, position: Tensor) -> Tensor:
-        """Logits of the tokens at chunk positions ``position`` [...], each from one earlier hidden state [..., width]."""
+        """Logits of the tokens at chunk positions ``position`` [...], each from an earlier hidden state [..., width]."""
         x = F.gelu(self.ahead_up(hidden) + self.ahead_position[position])
         return self.head(hidden + self.ahead_down(x))

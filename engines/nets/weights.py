@@ -32,7 +32,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k).float() for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {k: file.get_tensor(k).float() for k in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise BadModel(f"{path}: not a readable safetensors file ({error})") from error
 

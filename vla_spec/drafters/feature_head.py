@@ -24,7 +24,10 @@ NUM_CHILDREN = 8  # what the graph returns per row
 
 @dataclass(frozen=True)
 class Options:
-    """min_confidence: a node is kept only if the probability of its path is at least this. [0..1]"""
+    """How sure to be.
+
+    min_confidence: a node is kept only if the probability of its path is at least this. [0..1]
+    """
 
     min_confidence: float = 0.05
 

@@ -1,8 +1,8 @@
-"""Draft with an independent small policy of the same interface: it sees the same observation and writes the same tokens.
+"""Draft with an independent small policy: it sees the same observation and writes the same kind of tokens.
 
 The classic drafter: one small forward per drafted token, plus its own prefill per chunk.
-Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318; for multimodal targets Gagrani et al.
-2024, arXiv:2404.08856.
+Source: Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318; for multimodal targets Gagrani et
+al. 2024, arXiv:2404.08856.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ FOLDER = "small"  # inside the target's model folder
 
 @dataclass(frozen=True)
 class Options:
-    """min_confidence: drafting stops after a token whose path probability falls below this. [0..1]"""
+    """How far to draft.
+
+    min_confidence: drafting stops after a token whose path probability falls below this. [0..1]
+    """
 
     min_confidence: float = 0.2
 
