@@ -1,7 +1,8 @@
 """Write a trained policy as a model folder: weights once, ONNX graphs that point into them, golden inputs.
 
-The weights are in half precision. The graphs are exported in fp32 with every large weight replaced by "external half-precision tensor, then Cast", which
-ONNX Runtime folds when it loads. So a 12 M parameter policy ships as 24 MB for all engines together.
+The weights are in half precision. The graphs are exported in fp32 with every large weight replaced by "external
+half-precision tensor, then Cast", which ONNX Runtime folds when it loads. So a 12 M parameter policy ships as 24 MB for
+all engines together.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def write_golden(out: Path, inputs: dict[str, np.ndarray]) -> None:
         golden[f"{name}_logits"] = engine.step(tokens, parents).logits.copy()
     temporary = out / f".golden.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
-        np.savez_compressed(file, **golden)
+        np.savez_compressed(file, **golden)  # type: ignore[arg-type]
     temporary.replace(out / "golden.npz")
 
 

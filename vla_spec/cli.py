@@ -161,7 +161,7 @@ def collect(
     seed_start: SeedStart = 0,
     processes: Annotated[int, typer.Option(min=1, help="Simulators side by side.")] = 2,
     policy: Annotated[
-        Path | None, typer.Option(help="Model folder that drives part of each episode while the expert labels (DAgger).")
+        Path | None, typer.Option(help="Model folder that drives part of each episode; the expert labels (DAgger).")
     ] = None,
 ) -> None:
     """Record the scripted experts in the simulator. Resumes where it was stopped."""

@@ -224,6 +224,6 @@ class VLA(nn.Module):
         return self.head(hidden), hidden
 
     def look_ahead(self, hidden: Tensor, position: Tensor) -> Tensor:
-        """Logits of the tokens at chunk positions ``position`` [...], each from an earlier hidden state [..., width]."""
+        """Logits of the tokens at chunk positions ``position`` [...], each from an earlier hidden [..., width]."""
         x = F.gelu(self.ahead_up(hidden) + self.ahead_position[position])
         return self.head(hidden + self.ahead_down(x))
