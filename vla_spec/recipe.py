@@ -7,6 +7,7 @@ This file only connects the stages; what they do lies beside the nets in `vla_sp
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,8 +59,9 @@ def collect_demonstrations(
             raise UnknownOption("task", task, TASKS, "--tasks")
     if policy is not None and not (policy / "policy.json").is_file():
         raise BadModel(f"--policy {policy}: not a model folder; `vla-spec export` writes one")
-    with _needs("sim"):
-        import metaworld  # noqa: F401 - fail here and not in every process
+    # Fail here and not in every process; importing it here would settle how MuJoCo renders.
+    if importlib.util.find_spec("metaworld") is None:
+        raise MissingDependency("metaworld, which this command needs,", "pip install 'vla_spec[sim]'")
     _make_folder(out)
     for stale in out.glob("*/.*.tmp"):
         stale.unlink(missing_ok=True)
