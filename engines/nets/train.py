@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vla_spec.engines.nets.demonstrations import Demonstrations, augment, build_vocabulary, encode_words
+from vla_spec.engines.nets.grow import grow
 from vla_spec.engines.nets.levels import LEVEL_BINS, level_position, soft_cross_entropy, tokens_from_actions
 from vla_spec.engines.nets.vla import VLA, VLAConfig
 from vla_spec.errors import BadModel
@@ -27,7 +28,13 @@ from vla_spec.robots._metaworld_tasks import TASKS
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Schedule: warm up, stay, then decay linearly over the last ``decay_steps`` to zero."""
+    """Schedule: warm up, stay, then decay linearly over the last ``decay_steps`` to zero.
+
+    num_layers, mlp_width: of the network, if no checkpoint says otherwise.
+    """
+
+    num_layers: int = 14
+    mlp_width: int = 1408
 
     steps: int = 20_000
     batch: int = 32
@@ -72,19 +79,32 @@ def load_policy(path: Path) -> tuple[VLA, list[str]]:
 
 
 def train(
-    folders: list[Path], checkpoint: Path, options: TrainOptions, report: Callable[[str], None] = print
+    folders: list[Path],
+    checkpoint: Path,
+    options: TrainOptions,
+    report: Callable[[str], None] = print,
+    start_from: Path | None = None,
 ) -> None:
-    """Train until ``options.steps``; resumes from ``checkpoint`` if it exists."""
+    """Train until ``options.steps``; resumes from ``checkpoint`` if it exists.
+
+    ``start_from``: averaged weights of an earlier training, grown to this network's size.
+    """
     vocabulary = build_vocabulary()
-    config = VLAConfig(num_words=len(vocabulary))
+    config = VLAConfig(num_words=len(vocabulary), num_layers=options.num_layers, mlp_width=options.mlp_width)
     data = Demonstrations(folders, config.horizon)
     words = np.stack(
         [np.stack([encode_words(p, vocabulary, config.max_words) for p in t.phrasings]) for t in TASKS.values()]
     )
     torch.manual_seed(options.seed)
-    model = VLA(config)
-    model.state_mean.copy_(torch.from_numpy(data.state.mean(0)))
-    model.state_std.copy_(torch.from_numpy(data.state.std(0) + 1e-3))
+    if start_from is not None and not checkpoint.exists():
+        earlier, words_known = load_policy(start_from)
+        if words_known != vocabulary:
+            raise BadModel(f"{start_from}: trained with another vocabulary")
+        model = grow(earlier, config).train()
+    else:
+        model = VLA(config)
+        model.state_mean.copy_(torch.from_numpy(data.state.mean(0)))
+        model.state_std.copy_(torch.from_numpy(data.state.std(0) + 1e-3))
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimiser = torch.optim.AdamW(

@@ -24,9 +24,9 @@ class VLAConfig:
 
     num_words: int  # vocabulary of the instruction, padding (0) and unknown (1) included
     width: int = 192
-    num_layers: int = 12
+    num_layers: int = 14
     num_heads: int = 6
-    mlp_width: int = 768
+    mlp_width: int = 1408
     image_size: int = 96
     num_cameras: int = 3
     tokens_per_camera: int = 3
