@@ -1,8 +1,8 @@
 """Write a trained policy as a model folder: weights once, ONNX graphs that point into them, golden inputs.
 
 The weights are in half precision. The graphs are exported in fp32 with every large weight replaced by "external
-half-precision tensor, then Cast", which ONNX Runtime folds when it loads. So a 12 M parameter policy ships as 24 MB for
-all engines together.
+half-precision tensor, then Cast", which ONNX Runtime folds when it loads. So a policy ships as two bytes per parameter
+for all engines together.
 """
 
 from __future__ import annotations

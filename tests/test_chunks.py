@@ -50,7 +50,7 @@ def test_a_late_chunk_is_used_for_its_actions_that_still_lie_ahead():
         b.command(step)
     assert b.put(chunk(1))  # steps 1 and 2 are over
     command = b.command(3)
-    assert (motion(command), command.index, command.provenance) == (0.03, 2, Provenance.EXACT)
+    assert (motion(command), command.row, command.provenance) == (0.03, 2, Provenance.EXACT)
 
 
 def test_a_chunk_of_the_past_is_refused_and_counted():
@@ -81,7 +81,7 @@ def test_replace_takes_the_newest_at_once():
     assert motion(b.command(0)) == 0.1
     b.put(chunk(1, value=0.9, chunk_id=1))
     command = b.command(1)
-    assert (motion(command), command.chunk_id, command.index) == (0.9, 1, 0)
+    assert (motion(command), command.chunk_id, command.row) == (0.9, 1, 0)
 
 
 def test_the_remainder_of_an_older_chunk_serves_where_a_short_one_ends():
@@ -104,7 +104,7 @@ def test_temporal_ensemble_weights_are_those_of_act():
     command = b.command(2)
     assert command.action[0] == pytest.approx(expected, abs=1e-6)
     assert command.action[1] == 1  # a switch is the newest chunk's, no mean
-    assert (command.provenance, command.chunk_id, command.index) == (Provenance.RELAXED, 2, 0)
+    assert (command.provenance, command.chunk_id, command.row) == (Provenance.RELAXED, 2, 0)
 
 
 def test_ensemble_leaves_out_chunks_that_do_not_cover_the_step():
@@ -183,7 +183,7 @@ def test_a_chunk_seen_while_holding_can_be_played_from_its_first_action():
     assert not b.put(chunk(1, rows=4))  # seen in motion
     assert b.put(chunk(2, rows=4, chunk_id=1))
     commands = [b.command(s) for s in range(8, 12)]
-    assert [c.index for c in commands] == [0, 1, 2, 3]
+    assert [c.row for c in commands] == [0, 1, 2, 3]
     assert (b.num_shifted, b.num_stale) == (1, 1)
     velocities = ActionSpace.from_limits(LOW, HIGH, kind=DofKind.VELOCITY)
     with pytest.raises(BadConfig, match="go on during a hold"):
@@ -266,7 +266,7 @@ def test_it_always_answers_never_with_an_action_of_the_past_and_time_goes_on(ope
                 assert motion(command) == 0
             else:
                 assert motion(command) == round(step / 100, 6)  # also every mean of rows meant for this step
-                meant_for = by_id[command.chunk_id].observation_step + command.index
+                meant_for = by_id[command.chunk_id].observation_step + command.row
                 assert meant_for == step > last_planned
                 last_planned = meant_for
             step += 1

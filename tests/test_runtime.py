@@ -357,7 +357,7 @@ def test_actor_and_planner_are_step_functions():
     assert (chunk.observation_step, chunk.ready_ns) == (0, 41)
     assert actor.tick(40).provenance is Provenance.HOLD  # not ready yet
     command = actor.tick(41)
-    assert (command.provenance, command.index, actor.delays) == (Provenance.EXACT, 2, [2])
+    assert (command.provenance, command.row, actor.delays) == (Provenance.EXACT, 2, [2])
     assert not actor.look(50)
     actor.tick(60)
     assert actor.look(70)  # four steps of the chunk lie behind

@@ -1,4 +1,4 @@
-"""Clocks and a rate keeper. The only module that touches ``time.*``; everything else is handed a clock or a time.
+"""Clocks and a rate keeper. The core's only module that touches ``time.*``; the rest is handed a clock or a time.
 
 Times are integers in nanoseconds on a monotonic clock; they say how long, never what date.
 """

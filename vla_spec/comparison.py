@@ -47,7 +47,7 @@ class Comparison:
     Attributes:
         plans: as measured.
         token_agreement: share of tokens equal to the baseline's.
-        max_deviation: from the target's own choice, in action units.
+        max_deviation: from the target's own choice, in the tokenizer's physical unit.
         max_action_difference: from the baseline's action, in action units.
     """
 
@@ -135,7 +135,7 @@ def _difference(actions: Float32, truth: Float32) -> float:
 
 
 def _unit(assembly: Assembly) -> float:
-    """What one unit of the rule's deviation is in action units."""
+    """What one unit of the rule's deviation is in the tokenizer's physical unit; for bins, the largest bin."""
     if assembly.config.rule.name not in RULES_IN_BINS:
         return 1.0
     domain = assembly.domain

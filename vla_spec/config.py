@@ -60,7 +60,8 @@ class Runtime:
 
     Attributes:
         execute_horizon: control steps that are played before the next plan begins.
-        deadline_ms: time from the start of planning until the chunk is due. [ms]
+        deadline_ms: time until the chunk is due, from the observation's stamp; with clock ``lockstep`` from the start
+            of planning, and nothing is cut: what took longer is counted as late. [ms]
         clock: ``real`` = physics goes on while the planner thinks, as on a robot; ``lockstep`` = physics waits for the
             planner, whose latency is still measured; ``virtual`` = latency comes from the cost table, so that results
             repeat bit for bit from a seed.

@@ -235,4 +235,4 @@ class Command(NamedTuple):
     action: Float32  # [A]
     provenance: Provenance  # the weakest of the action's tokens
     chunk_id: int  # -1 when no chunk is behind it
-    index: int  # row of the chunk, -1 when none
+    row: int  # of the chunk, -1 when none

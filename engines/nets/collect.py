@@ -1,8 +1,8 @@
 """Collect demonstrations in Meta-World: rendered pictures, the arm's own state, and the expert's action at each step.
 
-Actions that are executed carry correlated noise (DART, Laskey et al. 2017, arXiv:1703.09327) and some episodes begin
-with a random drift, so that the expert shows how to recover; the labels stay clean. With a policy at hand, part of an
-episode is driven by it and the expert only labels (DAgger, Ross et al. 2011, arXiv:1011.0686).
+Actions that are executed carry correlated noise (DART, Laskey et al. 2017, arXiv:1703.09327) and some episodes have a
+stretch of random drift, so that the expert shows how to recover; the labels stay clean. With a policy at hand, part of
+an episode is driven by it and the expert only labels (DAgger, Ross et al. 2011, arXiv:1011.0686).
 
 One file per episode, written atomically: stop and start again at any time.
 """
@@ -92,7 +92,7 @@ def collect_task(
     keep_failures: bool = False,
     progress: Callable[[str, bool], None] | None = None,
 ) -> None:
-    """Write ``out/task/seed.npz`` for each seed that is not there yet. A failed expert episode is kept empty."""
+    """Write ``out/task/seed.npz`` for each seed that is not there yet. Of a failed expert episode no frames are kept."""
     folder = out / task
     folder.mkdir(parents=True, exist_ok=True)
     todo = [seed for seed in seeds if not (folder / f"{seed}.npz").exists()]

@@ -32,7 +32,7 @@ class DistillOptions:
     Attributes:
         steps, batch, learning_rate: of the optimiser (AdamW, linear decay over the last 60 %).
         decay: weight of a drafted position relative to the one before: a draft is only worth as much as what precedes.
-        max_frames: bounds memory, about 55 kB a frame.
+        max_frames: bounds memory, about 51 kB a frame.
         execute_horizon: control steps of the previous chunk that were played before this one was planned.
         save_every: steps between checkpoints.
         seed: for everything random.
@@ -172,9 +172,10 @@ def distill(
             save_file({**network.state_dict(), "step": torch.tensor(step + 1)}, temporary)
             temporary.replace(checkpoint)
             network.eval()
-            with torch.no_grad():
-                _, said = recipe.loss(network, source, valid_at[:512], options, np.random.default_rng(0))
-            report(f"{name} validation: {said}")
+            if len(valid_at):
+                with torch.no_grad():
+                    _, said = recipe.loss(network, source, valid_at[:512], options, np.random.default_rng(0))
+                report(f"{name} validation: {said}")
     return network.eval()
 
 

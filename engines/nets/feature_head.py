@@ -86,7 +86,7 @@ class FeatureHead(nn.Module):
         return self.head(self.final_norm(hidden))
 
     def unroll(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
-        """Training: logits [n, T, V] of ``steps`` self-fed passes; pass s predicts with s - 1 own hidden states.
+        """Training: logits [n, T, V] of ``steps`` self-fed passes; pass s = 0, 1, ... uses s own hidden states.
 
         features [n, p + T - 1, 3 * width] of the target, tokens int64 [n, T].
         """

@@ -84,7 +84,7 @@ class FeatureDraft(nn.Module):
     """The feature head as one graph over r rows of a tree; a row is fed by the target or by the head itself.
 
     features [r, D], hidden [r, width], is_own [r, 1] (1 = use hidden), tokens / position int64 [r],
-    past_key / past_value [heads, capacity, head_width], mask [r, capacity + r]
+    past_key / past_value [heads, past, head_width], mask [r, past + r], past = cache rows and rows of the tree so far
     -> tokens int64 [r, 8], log-probabilities [r, 8], hidden [r, width], key and value rows.
     """
 

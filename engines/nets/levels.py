@@ -1,8 +1,8 @@
 """Action levels: which of the 256 bins a demonstration's action is rounded to, and the soft label that teaches it.
 
 The scripted experts are proportional controllers: what matters in an action is its relative size. So labels are
-rounded to 35 of the 256 bins whose spacing grows with the magnitude (about 18 %, and at most 0.8 mm per step near
-zero). Bin b means (b - 128) / 127, so that 0 and +-1 are exact.
+rounded to 35 of the 256 bins whose spacing grows with the magnitude: two bins near zero, about a fifth of the magnitude
+further out. Bin b means (b - 128) / 127, so that 0 and +-1 are exact.
 """
 
 from __future__ import annotations

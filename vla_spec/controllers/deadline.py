@@ -89,7 +89,7 @@ class DeadlineController:
 
         Args:
             options: see `Options`.
-            cost_ns: ``{"draft": {gamma: ns}, "step": {n: ns}}``, quantiles measured at start-up; n counts the tokens of
+            cost_ns: ``{"draft": {gamma: ns}, "step": {n: ns}}``, medians measured at start-up; n counts the tokens of
                 the step, 1 = plain decoding. Lengths in between are interpolated, none is extrapolated.
             max_step: most tokens of one step of the target, None = as in the table.
         """

@@ -24,8 +24,8 @@ from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Int32, Plan
 class Options:
     """How far to draft.
 
-    min_confidence: a node is drafted only if the product of confidences on its path is at least this. Lower = longer
-        drafts, more wasted verification. [0..1]
+    min_confidence: a node is drafted only if the product of confidences on its path is at least this, in a tree half of
+        it; the first node always is. Lower = longer drafts, more wasted verification. [0..1]
     use_history: tell the network what the previous chunk had planned.
     """
 

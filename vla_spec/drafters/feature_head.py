@@ -26,7 +26,7 @@ NUM_CHILDREN = 8  # what the graph returns per row
 class Options:
     """How sure to be.
 
-    min_confidence: a node is kept only if the probability of its path is at least this. [0..1]
+    min_confidence: a node is kept only if the probability of its path is at least this; the best node always is. [0..1]
     """
 
     min_confidence: float = 0.05

@@ -100,7 +100,7 @@ class MetaWorldRobot:
         self.step, self.is_success = 0, False
 
     def render(self) -> UInt8:
-        """uint8 [3, size, size, 3]: left, right, wrist."""
+        """uint8 [3, size, size, 3]: from the arm's right side, from its left side, from the wrist."""
         pictures = np.empty((self.num_cameras, self.image_size, self.image_size, 3), np.uint8)
         for i, camera in enumerate(self._cameras):
             self._renderer.update_scene(self._env.data, camera=camera)
