@@ -92,7 +92,7 @@ def collect_task(
     keep_failures: bool = False,
     progress: Callable[[str, bool], None] | None = None,
 ) -> None:
-    """Write ``out/task/seed.npz`` for each seed that is not there yet. Of a failed expert episode no frames are kept."""
+    """Write each ``out/task/seed.npz`` that is not there yet. Failed expert episodes are kept without frames."""
     folder = out / task
     folder.mkdir(parents=True, exist_ok=True)
     todo = [seed for seed in seeds if not (folder / f"{seed}.npz").exists()]
