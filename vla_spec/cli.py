@@ -182,12 +182,15 @@ def train(
     checkpoint: Annotated[Path, typer.Option(help="Written often; training resumes from it.")] = Path(
         "data/policy.safetensors"
     ),
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint of an earlier, smaller policy, grown without changing its output.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Train the policy on demonstrations. Resumes from the checkpoint."""
     from vla_spec.recipe import train_policy
 
-    train_policy(data or [Path("data/demonstrations")], checkpoint, set_ or [], typer.echo)
+    train_policy(data or [Path("data/demonstrations")], checkpoint, set_ or [], typer.echo, start_from)
 
 
 @app.command()

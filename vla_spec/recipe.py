@@ -78,7 +78,9 @@ def collect_demonstrations(
             progress.step(text)
 
 
-def train_policy(data: Sequence[Path], checkpoint: Path, settings: Sequence[str], say: Say) -> None:
+def train_policy(
+    data: Sequence[Path], checkpoint: Path, settings: Sequence[str], say: Say, start_from: Path | None = None
+) -> None:
     """Train until the schedule's end; goes on from the checkpoint.
 
     Args:
@@ -86,13 +88,16 @@ def train_policy(data: Sequence[Path], checkpoint: Path, settings: Sequence[str]
         checkpoint: safetensors file, written often.
         settings: ``KEY=VALUE`` of `TrainOptions`.
         say: told one line now and then.
+        start_from: an earlier policy's checkpoint, grown to this network's size. None = from scratch.
     """
     with _needs("train"):
         from vla_spec.engines.nets.train import TrainOptions, train
     options = build_options(TrainOptions, _tree(settings), "train")
     _make_folder(checkpoint.parent)
     _check_data(data)
-    train(list(data), checkpoint, options, say)
+    if start_from is not None:
+        _check_checkpoint(start_from, "vla-spec train", "--start-from")
+    train(list(data), checkpoint, options, say, start_from)
 
 
 def distill_drafters(
@@ -225,9 +230,9 @@ def _check_data(folders: Sequence[Path]) -> None:
             raise BadConfig(f"--data {folder}: no demonstrations there; `vla-spec collect` writes them")
 
 
-def _check_checkpoint(path: Path, writer: str) -> None:
+def _check_checkpoint(path: Path, writer: str, option: str = "--checkpoint") -> None:
     if not path.is_file():
-        raise BadModel(f"--checkpoint {path}: no such file; `{writer}` writes it")
+        raise BadModel(f"{option} {path}: no such file; `{writer}` writes it")
 
 
 def _make_folder(path: Path) -> None:
