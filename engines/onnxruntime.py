@@ -1,7 +1,7 @@
 """Score tokens with ONNX Runtime. Owns two sessions (prefill, step) and one KV cache; not thread-safe.
 
-The cache lives in host memory and is bound to the step graph once per step size: a step copies nothing but its own
-outputs, a commit copies the accepted rows.
+The cache lives in host memory and is bound to the step graph once per step size: the host copies nothing for a step,
+and for a commit the accepted rows.
 """
 
 from __future__ import annotations
