@@ -1,4 +1,4 @@
-"""The recipe of a model folder, stage by stage: collect, train, distill, export. Each stage resumes where it stopped.
+"""The recipe of a model folder: collect, train, distill, export. All but the last resume where they stopped.
 
 This file only connects the stages; what they do lies beside the nets in `vla_spec.engines.nets` and in
 `vla_spec.engines.export`. Libraries for training are imported inside the stages.
