@@ -6,11 +6,14 @@ from contract.fakes import build, toy_domain, toy_parts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vla_spec.acceptance import relaxed_physical
 from vla_spec.acceptance._longest_path import depths, longest_path
 from vla_spec.acceptance.rejection import _sample
 from vla_spec.errors import BadConfig
 from vla_spec.plugins import Parts
-from vla_spec.types import Committed, Draft, Scores
+from vla_spec.tokenizers.uniform_bins import Options as UniformOptions
+from vla_spec.tokenizers.uniform_bins import UniformBins
+from vla_spec.types import Committed, Draft, Scores, TokenDomain
 
 NONE_COMMITTED = Committed(np.empty(0, np.int32), np.empty(0, np.float32))
 
@@ -283,3 +286,26 @@ def test_judging_a_chain_takes_less_than_60_us(name):
         rule.judge(draft, Scores(logits), NONE_COMMITTED, rng)
         times.append(time.perf_counter_ns() - start)
     assert np.median(times) < 60_000
+
+
+def test_relative_tolerance_grows_with_the_motion_of_the_target() -> None:
+    """A tenth of the way off is accepted where the target moves far, and refused where it moves little."""
+    tokenizer = UniformBins(UniformOptions(unit=(0.01,)))
+    domain = TokenDomain(
+        256, 4, 4, np.array([0, 0, 0, 1], np.int32), np.array([False, False, False, True]),
+        np.full(4, 0.01 * 2 / 256, np.float32),
+    )  # fmt: skip
+    rule = relaxed_physical.RelaxedPhysicalRule(
+        relaxed_physical.Options(cap=(0.0001,), budget=(0.01,), relative=0.1), domain, tokenizer
+    )
+
+    def judged(choice: int, drafted: int) -> int:
+        logits = np.zeros((2, 256), np.float32)
+        logits[:, choice] = 5.0
+        draft = Draft.chain(np.array([drafted], np.int32))
+        none = Committed(np.zeros(0, np.int32), np.zeros(0, np.float32))
+        return len(rule.judge(draft, Scores(logits), none, np.random.default_rng(0)).path)
+
+    assert judged(choice=255, drafted=245) == 1  # 10 bins of 127 from rest: 8 %
+    assert judged(choice=255, drafted=235) == 0  # 16 %
+    assert judged(choice=138, drafted=148) == 0  # the same 10 bins where the target moves by 10

@@ -27,14 +27,19 @@ class Options:
         cap: largest accepted distance of one token, one number for all or one per degree of freedom [A]. [m, rad]
         budget: largest sum of distances over one group of the domain, likewise; degrees of freedom that share a
             group must be given the same number. [m, rad]
+        relative: added to a token's cap: this share of how far the target's own choice would move it. Fast motions
+            tolerate more than fine ones; the budget bounds both. 0 = no. [0..1]
         respect_never_relaxed: keep switches (the domain's never-relaxed positions) exact.
     """
 
     cap: tuple[float, ...] = (0.0005,)
     budget: tuple[float, ...] = (0.001,)
+    relative: float = 0.0
     respect_never_relaxed: bool = True
 
     def __post_init__(self) -> None:
+        if not 0 <= self.relative <= 1:
+            raise BadConfig(f"relative must be in [0, 1], got {self.relative}")
         for name, values in (("cap", self.cap), ("budget", self.budget)):
             if not values or not min(values) >= 0:
                 raise BadConfig(f"{name} must be numbers >= 0, got {values}")
@@ -42,7 +47,7 @@ class Options:
 
 @final
 class RelaxedPhysicalRule:
-    """``distance <= cap * tolerance`` and ``spent in the group + distance <= budget * tolerance``.
+    """``distance <= (cap + relative * |choice|) * tolerance``, ``spent in the group + distance <= budget * tolerance``.
 
     The target's own choice is its argmax after the (relaxed) prefix and has distance 0: it is always accepted. What a
     group has spent counts the tokens of this chunk that were committed in earlier rounds and the draft's own path.
@@ -56,8 +61,9 @@ class RelaxedPhysicalRule:
                 raise BadConfig(f"{name} needs 1 or {num_dofs} numbers, got {len(values)}")
         dof = np.arange(num_tokens) % num_dofs
         cap = np.broadcast_to(np.asarray(options.cap, np.float64), num_dofs)[dof].copy()  # [T]
+        relative = np.full(num_tokens, options.relative)  # [T]
         if options.respect_never_relaxed:
-            cap[domain.never_relaxed] = 0.0
+            cap[domain.never_relaxed] = relative[domain.never_relaxed] = 0.0
         budget = np.broadcast_to(np.asarray(options.budget, np.float64), num_dofs)[dof]  # [T]
         previous = np.full(num_tokens, -1, np.int32)  # [T] position before this one in the same group, -1 = none
         last: dict[int, int] = {}
@@ -75,13 +81,15 @@ class RelaxedPhysicalRule:
         self._tokenizer = tokenizer
         self._group = domain.group
         self._caps: list[float] = cap.tolist()
+        self._relative: list[float] = relative.tolist()
+        self._zero = tokenizer.encode(np.zeros((1, num_dofs), np.float32))  # [A], the tokens of no motion
         self._budgets: list[float] = budget.tolist()
         self._previous: list[int] = previous.tolist()
-        self._is_exact = not cap.any() or not budget.any()
+        self._is_exact = not (cap.any() or relative.any()) or not budget.any()
 
     @property
     def exact(self) -> bool:
-        """Only if the cap or the budget is 0 everywhere."""
+        """Only if cap and relative cap, or the budget, are 0 everywhere."""
         return self._is_exact
 
     def judge(
@@ -99,6 +107,11 @@ class RelaxedPhysicalRule:
         node_choices = choices[draft.parents + 1]  # [k] what the target would put in each node's place
         # float64, so that a sum which equals the budget on paper is not refused for its rounding
         distance: list[float] = self._tokenizer.distance(draft.tokens, node_choices, positions).astype(float).tolist()
+        motion: list[float] = (
+            self._tokenizer.distance(node_choices, self._zero[positions % len(self._zero)], positions)
+            .astype(float)
+            .tolist()
+        )
         differs: list[bool] = (draft.tokens != node_choices).tolist()
 
         length = [0] + [-1] * len(parents)  # slot i + 1 is node i, slot 0 the root; -1 = not accepted
@@ -116,7 +129,8 @@ class RelaxedPhysicalRule:
                 off = distance[node]
                 spent[node] += off
                 limit = self._budgets[position] * tolerance
-                if not (off <= self._caps[position] * tolerance and spent[node] <= limit * (1 + 1e-6)):
+                cap = (self._caps[position] + self._relative[position] * motion[node]) * tolerance
+                if not (off <= cap * (1 + 1e-6) and spent[node] <= limit * (1 + 1e-6)):
                     continue
                 if off == 0.0:  # a distance too small to see is still not the target's choice
                     continue
