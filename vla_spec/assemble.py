@@ -199,5 +199,8 @@ def _runtime_options(config: Config) -> RuntimeOptions:
         # In lock step nothing is late by itself: decode whole chunks and count those that would have been.
         budget_ns=None if mode is Mode.LOCK_STEP else round(runtime.deadline_ms * NS_PER_MS),
         time_scale=runtime.time_scale,
-        chunks=ChunkOptions(hand_over=HandOver(runtime.hand_over)),
+        is_observing_free=runtime.is_observing_free,
+        chunks=ChunkOptions(
+            hand_over=HandOver(runtime.hand_over), is_shifted_by_holds=runtime.is_shifted_by_holds
+        ),
     )

@@ -67,6 +67,10 @@ class Runtime:
             repeat bit for bit from a seed.
         hand_over: how a new chunk takes over from the old one.
         time_scale: simulated seconds per second with clock ``real``; 0.5 = half as fast as the robot's own time.
+        is_observing_free: with clock ``real`` the simulated world stands still while its pictures are drawn: a robot's
+            cameras need none of its processor. False = drawing is taken out of the plan's time.
+        is_shifted_by_holds: a chunk that comes after the last one ran out starts with its first action instead of
+            skipping what is past; a planner slower than a whole chunk then stops and goes instead of standing still.
         costs: cost table of an earlier run (its costs.json) instead of a measured one; with clock ``virtual`` the whole
             run then repeats bit for bit.
     """
@@ -76,6 +80,8 @@ class Runtime:
     clock: Literal["real", "lockstep", "virtual"] = "lockstep"
     hand_over: Literal["replace", "temporal_ensemble", "frozen_prefix"] = "replace"
     time_scale: Annotated[float, Field(gt=0, le=100)] = 1.0
+    is_observing_free: bool = True
+    is_shifted_by_holds: bool = False
     costs: Path | None = None
 
 

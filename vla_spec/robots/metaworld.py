@@ -19,7 +19,7 @@ from vla_spec.robots._gl import select_gl_backend
 from vla_spec.robots._metaworld_tasks import TASKS
 from vla_spec.types import Float32, Observation, UInt8
 
-#: Free cameras that look at the workspace from behind the arm, left and right (azimuth [deg]); closer than the
+#: Free cameras that look at the workspace from behind the arm, right and left (azimuth [deg]); closer than the
 #: library's own, so that an object covers about twice the pixels. The third one is the library's wrist camera.
 SIDE_AZIMUTHS_DEG = (150.0, 30.0)
 WRIST_CAMERA = "gripperPOV"
