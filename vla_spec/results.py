@@ -42,7 +42,8 @@ MEANING = {
     "deadline_miss_rate": "share of plans whose complete chunk was not ready deadline_ms after planning began "
     "(with the clock real or virtual: after the observation was due)",
     "token_agreement": "share of tokens equal to autoregression's on the same recorded observations and history",
-    "max_deviation": "largest distance of an accepted token from the target's own choice, in the physical unit of the tokenizer (metres for the shipped policy)",
+    "max_deviation": "largest distance of an accepted token from the target's own choice, in the physical unit of the "
+    "tokenizer (metres for the shipped policy)",
     "success_ci95": "Wilson score interval",
     "warm_up": "start-up measurements and the first plans of each mode are left out of every number",
 }
