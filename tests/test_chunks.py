@@ -315,3 +315,12 @@ def test_delay_is_a_quantile_of_a_window_and_forgets_a_slow_plan():
     delay.record(9)
     delay.record(9)
     assert delay.steps(100) == 9  # window 3, 3, 9, 9
+
+
+def test_a_hold_that_a_chunk_planned_names_its_chunk_and_row():
+    b = buffer()
+    b.put(chunk(0, rows=2, chunk_id=7, provenance=Provenance.HOLD, rung=Rung.HOLD))
+    assert [(c.provenance, c.chunk_id, c.row) for c in (b.command(0), b.command(1))] == [
+        (Provenance.HOLD, 7, 0),
+        (Provenance.HOLD, 7, 1),
+    ]

@@ -270,8 +270,8 @@ class ChunkBuffer:
         else:
             action = self.space.hold(self._last)
         self._commands_by_rung[Rung.STOP if is_stop else Rung.HOLD] += 1
-        chunk_id, index = (-1, -1) if planned is None else (planned.chunk_id, planned.index)
-        return Command(action, Provenance.HOLD, chunk_id, index)
+        chunk_id, row = (-1, -1) if planned is None else (planned.chunk_id, planned.row)
+        return Command(action, Provenance.HOLD, chunk_id, row)
 
 
 def _end(chunk: ActionChunk) -> int:

@@ -79,7 +79,7 @@ def run(
     context: typer.Context,
     modes: Modes = "",
     tasks: Tasks = None,
-    episodes: Episodes = 1,
+    episodes: Episodes = 2,
     seed_start: SeedStart = FIRST_HELD_OUT_SEED,
     out: Out = None,
     model: ModelDir = None,
