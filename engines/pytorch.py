@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from vla_spec.engines._kv_cache import KVCache
-from vla_spec.engines._model_files import hash_weights, read_sizes
+from vla_spec.engines._model_files import check_weights, read_sizes
 from vla_spec.errors import MissingDependency
 from vla_spec.interfaces import EngineInfo
 from vla_spec.plugins import Parts
@@ -50,7 +50,7 @@ class PyTorchEngine:
             sizes["vocab_size"], max_step,
         )  # fmt: skip
         self._info = EngineInfo(
-            "pytorch", hash_weights(model_dir), "fp32", "cpu", has_tree_mask=True, has_inplace_kv=True,
+            "pytorch", check_weights(model_dir), "fp32", "cpu", has_tree_mask=True, has_inplace_kv=True,
             is_batch_invariant=True,
         )  # fmt: skip
 
