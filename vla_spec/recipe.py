@@ -121,7 +121,7 @@ def distill_drafters(
     with _needs("train"):
         from vla_spec.engines.nets import distill
         from vla_spec.engines.nets.demonstrations import Demonstrations
-        from vla_spec.engines.nets.train import load_policy
+        from vla_spec.engines.nets.weights import load_policy
     for name in drafters or ():
         distill.distiller(name)
     options = build_options(distill.DistillOptions, _tree(settings), "distill")
@@ -146,7 +146,7 @@ def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
     with _needs("train"):
         from vla_spec.engines import export
         from vla_spec.engines.nets import distill
-        from vla_spec.engines.nets.train import load_policy
+        from vla_spec.engines.nets.weights import load_policy
     _check_checkpoint(checkpoint, "vla-spec train")
     _make_folder(out)
     model, vocabulary = load_policy(checkpoint)

@@ -29,6 +29,11 @@ def encode_words(sentence: str, vocabulary: list[str], max_words: int) -> np.nda
     return np.array(ids + [PADDING] * (max_words - len(ids)), np.int64)
 
 
+def encode_phrasings(vocabulary: list[str], max_words: int) -> np.ndarray:
+    """The training sentences of all tasks, int64 [tasks, phrasings, max_words]."""
+    return np.array([[encode_words(p, vocabulary, max_words) for p in task.phrasings] for task in TASKS.values()])
+
+
 class Demonstrations:
     """All frames of one or more folders of episodes.
 

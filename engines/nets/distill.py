@@ -19,10 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vla_spec.engines.nets.demonstrations import Demonstrations, encode_words
+from vla_spec.engines.nets.demonstrations import Demonstrations, encode_phrasings
 from vla_spec.engines.nets.vla import VLA
 from vla_spec.errors import UnknownOption
-from vla_spec.robots._metaworld_tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,7 @@ def target_outputs(
     counts = np.bincount(data.episode)
     chosen = episodes[np.cumsum(counts[episodes]) <= options.max_frames]
     rows = np.flatnonzero(np.isin(data.episode, chosen))
-    words = np.stack(
-        [np.stack([encode_words(p, vocabulary, c.max_words) for p in t.phrasings]) for t in TASKS.values()]
-    )
+    words = encode_phrasings(vocabulary, c.max_words)
     tokens = torch.empty(len(rows), c.num_tokens, dtype=torch.long)
     features = torch.empty(len(rows), c.prompt_length + c.num_tokens - 1, c.feature_width, dtype=torch.float16)
     began = time.monotonic()

@@ -18,10 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vla_spec.engines.nets.demonstrations import Demonstrations, augment, build_vocabulary, encode_words
+from vla_spec.engines.nets.demonstrations import Demonstrations, augment, build_vocabulary, encode_phrasings
 from vla_spec.engines.nets.grow import grow
 from vla_spec.engines.nets.levels import LEVEL_BINS, level_position, soft_cross_entropy, tokens_from_actions
 from vla_spec.engines.nets.vla import VLA, VLAConfig
+from vla_spec.engines.nets.weights import load_policy
 from vla_spec.errors import BadModel
 from vla_spec.robots._metaworld_tasks import TASKS
 
@@ -63,21 +64,6 @@ def save_checkpoint(path: Path, model: VLA, ema: dict[str, torch.Tensor], optimi
     temporary.replace(path)
 
 
-def load_policy(path: Path) -> tuple[VLA, list[str]]:
-    """The averaged weights of a checkpoint (or the weights of a shipped file) and the vocabulary."""
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-        tensors = {k: file.get_tensor(k) for k in file.keys()}
-    prefix = "ema." if any(k.startswith("ema.") for k in tensors) else ""
-    model = VLA(VLAConfig.from_json(meta["config"]))
-    weights = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [m for m in missing if not m.startswith("ahead_")]
-    if missing or unexpected:
-        raise BadModel(f"{path}: missing tensors {missing[:5]}, unexpected tensors {unexpected[:5]}")
-    return model.eval(), json.loads(meta["vocabulary"])
-
-
 def train(
     folders: list[Path],
     checkpoint: Path,
@@ -92,9 +78,7 @@ def train(
     vocabulary = build_vocabulary()
     config = VLAConfig(num_words=len(vocabulary), num_layers=options.num_layers, mlp_width=options.mlp_width)
     data = Demonstrations(folders, config.horizon)
-    words = np.stack(
-        [np.stack([encode_words(p, vocabulary, config.max_words) for p in t.phrasings]) for t in TASKS.values()]
-    )
+    words = encode_phrasings(vocabulary, config.max_words)
     torch.manual_seed(options.seed)
     if start_from is not None and not checkpoint.exists():
         earlier, words_known = load_policy(start_from)

@@ -39,7 +39,19 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def load_model(path: Path) -> VLA:
     """The policy network with shipped weights, in evaluation mode."""
+    return _network(*read_weights(path), path)
+
+
+def load_policy(path: Path) -> tuple[VLA, list[str]]:
+    """The averaged weights of a checkpoint (or the weights of a shipped file) and the vocabulary."""
     weights, metadata = read_weights(path)
+    prefix = "ema." if any(k.startswith("ema.") for k in weights) else ""
+    kept = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    return _network(kept, metadata, path), json.loads(metadata["vocabulary"])
+
+
+def _network(weights: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> VLA:
+    """The network of a file's header with these weights; all but `TRAINING_ONLY` must be there."""
     if "config" not in metadata:
         raise BadModel(f"{path}: no network sizes in its header; export the model again")
     model = VLA(VLAConfig.from_json(metadata["config"]))
@@ -48,11 +60,3 @@ def load_model(path: Path) -> VLA:
     if missing or unexpected:
         raise BadModel(f"{path}: missing tensors {missing[:5]}, unexpected tensors {unexpected[:5]}")
     return model.eval()
-
-
-def load_averaged(path: Path) -> tuple[VLA, list[str]]:
-    """The averaged weights of a training checkpoint, and the vocabulary."""
-    weights, metadata = read_weights(path)
-    model = VLA(VLAConfig.from_json(metadata["config"]))
-    model.load_state_dict({k[4:]: v for k, v in weights.items() if k.startswith("ema.")})
-    return model.eval(), json.loads(metadata["vocabulary"])
