@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vla_spec.acceptance import relaxed_physical
-from vla_spec.acceptance._longest_path import depths, longest_path
+from vla_spec.acceptance._longest_path import depths, is_chain, longest_path
 from vla_spec.acceptance.rejection import _sample
 from vla_spec.errors import BadConfig
 from vla_spec.plugins import Parts
@@ -309,3 +309,32 @@ def test_relative_tolerance_grows_with_the_motion_of_the_target() -> None:
     assert judged(choice=255, drafted=245) == 1  # 10 bins of 127 from rest: 8 %
     assert judged(choice=255, drafted=235) == 0  # 16 %
     assert judged(choice=138, drafted=148) == 0  # the same 10 bins where the target moves by 10
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 12), st.integers(0, 6))
+def test_a_chain_is_judged_as_the_tree_that_it_is(seed, k, num_committed):
+    """The short way for drafts without branches gives the verdict of the general one."""
+    rng = np.random.default_rng(seed)
+    parts = toy_parts()
+    unit = float(parts.domain.unit_per_bin[0])
+    options = {"cap": (3 * unit,), "budget": (5 * unit,), "relative": 0.1}
+    short, general = (build("rule", "relaxed_physical", parts, **options) for _ in range(2))
+    general._place = []
+    vocab = parts.domain.vocab_size
+    logits = rng.normal(size=(k + 1, vocab)).astype(np.float32)
+    drafted = np.clip(logits[:-1].argmax(1) + rng.integers(-3, 4, k), 0, vocab - 1).astype(np.int32)
+    committed = Committed(
+        rng.integers(0, vocab, num_committed).astype(np.int32),
+        (unit * rng.integers(0, 3, num_committed)).astype(np.float32),
+    )
+    got, expected = (rule.judge(Draft.chain(drafted), Scores(logits), committed, rng) for rule in (short, general))
+    assert got.next_token == expected.next_token
+    np.testing.assert_array_equal(got.path, expected.path)
+    np.testing.assert_array_equal(got.relaxed, expected.relaxed)
+    np.testing.assert_allclose(got.deviation, expected.deviation, rtol=1e-4, atol=1e-9)
+
+
+@given(trees())
+def test_only_a_chain_is_a_chain(tree):
+    parents = np.array(tree[0], np.int32)
+    assert is_chain(parents) == (tree[0] == list(range(-1, len(tree[0]) - 1)))

@@ -5,6 +5,7 @@ Source: Leviathan et al. 2023, arXiv:2211.17192 (draft and verify); Miao et al. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from vla_spec.types import (
     Committed,
     Decoded,
     EngineInputs,
+    Float32,
     Int32,
     Provenance,
     Round,
@@ -74,7 +76,7 @@ class SpeculativeDecoder:
         scores = engine.prefill(inputs)
         scored = now_ns()
         while True:
-            if not np.isfinite(scores.logits).all():
+            if not _is_finite(scores.logits):
                 return self._result(m, rounds, StopReason.BAD_SCORES)
             verdict = self.rule.judge(draft, scores, Committed(tokens[:m], self._deviation[:m]), self._rng, tolerance)
             judged = now_ns()
@@ -130,3 +132,8 @@ class SpeculativeDecoder:
         return Decoded(
             self._tokens[:m].copy(), self._provenance[:m].copy(), self._deviation[:m].copy(), tuple(rounds), stop
         )
+
+
+def _is_finite(logits: Float32) -> bool:
+    """No NaN or infinity. One pass in nearly all cases: a sum is finite only if all of its terms are."""
+    return math.isfinite(logits.sum()) or bool(np.isfinite(logits).all())

@@ -4,6 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from vla_spec.types import Bool, Float32, Int32, Verdict
+
+#: Longest draft that `prefix_verdict` answers without making arrays.
+_MOST = 1024
+_NODES = np.arange(_MOST, dtype=np.int32)
+_NOT_RELAXED = np.zeros(_MOST, np.bool_)
+_NO_DEVIATION = np.zeros(_MOST, np.float32)
+for _shared in (_NODES, _NOT_RELAXED, _NO_DEVIATION):
+    _shared.flags.writeable = False
+
+
+def is_chain(parents: Int32) -> bool:
+    """True if node i follows node i - 1 throughout; cheaper than a comparison, since ``parents[i] < i`` always."""
+    k = len(parents)
+    return int(parents.sum()) == k * (k - 3) // 2  # the sum of -1, 0, ..., k - 2 is the largest there can be
+
+
+def num_leading(accepted: Bool) -> int:
+    """How many True stand before the first False."""
+    return len(accepted) if accepted.all() else int(accepted.argmin())
+
+
+def prefix_verdict(length: int, next_token: int, deviation: Float32 | None = None) -> Verdict:
+    """Accept the first ``length`` nodes of a chain; deviation float32 [length], None = all are the target's choice."""
+    if length > _MOST:
+        zeros = np.zeros(length, np.float32) if deviation is None else deviation
+        return Verdict(np.arange(length, dtype=np.int32), next_token, zeros > 0, zeros)
+    if deviation is None:
+        return Verdict(_NODES[:length], next_token, _NOT_RELAXED[:length], _NO_DEVIATION[:length])
+    return Verdict(_NODES[:length], next_token, deviation > 0, deviation)
+
 
 def depths(parents: Sequence[int]) -> list[int]:
     """Depth of each node, 0 for a node that follows the last committed token."""

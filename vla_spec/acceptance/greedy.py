@@ -10,7 +10,7 @@ from typing import final
 
 import numpy as np
 
-from vla_spec.acceptance._longest_path import longest_path
+from vla_spec.acceptance._longest_path import is_chain, longest_path, num_leading, prefix_verdict
 from vla_spec.plugins import Parts
 from vla_spec.types import Committed, Draft, Scores, Verdict
 
@@ -42,7 +42,11 @@ class GreedyRule:
         tolerance: float = 1.0,
     ) -> Verdict:
         """See `AcceptanceRule.judge`; uses neither ``committed``, ``rng`` nor ``tolerance``."""
-        choices: list[int] = scores.logits.argmax(1).tolist()  # [k + 1]
+        own = scores.logits.argmax(1)  # [k + 1]
+        if is_chain(draft.parents):
+            length = num_leading(draft.tokens == own[:-1])
+            return prefix_verdict(length, int(own[length]))
+        choices: list[int] = own.tolist()
         parents: list[int] = draft.parents.tolist()
         tokens: list[int] = draft.tokens.tolist()
         matches = [token == choices[parent + 1] for token, parent in zip(tokens, parents, strict=True)]

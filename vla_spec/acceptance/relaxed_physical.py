@@ -12,11 +12,13 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from vla_spec.acceptance._longest_path import depths, path_to
+from vla_spec.acceptance._longest_path import depths, is_chain, path_to, prefix_verdict
 from vla_spec.errors import BadConfig
 from vla_spec.interfaces import ActionTokenizer
 from vla_spec.plugins import Parts
 from vla_spec.types import Committed, Draft, Float32, Int32, Scores, TokenDomain, Verdict
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,11 @@ class RelaxedPhysicalRule:
         self._check_cap(cap, domain.unit_per_bin)
         self._tokenizer = tokenizer
         self._group = domain.group
-        self._caps: list[float] = cap.tolist()
-        self._relative: list[float] = relative.tolist()
-        self._zero = tokenizer.encode(np.zeros((1, num_dofs), np.float32))  # [A], the tokens of no motion
+        self._groups: list[int] = domain.group.tolist()
+        self._members = {group: np.flatnonzero(domain.group == group).tolist() for group in set(self._groups)}
+        self._place = self._places(tokenizer, domain)
+        self._slack = self._slacks(tokenizer, domain)
+        self._cap_of = self._cap_table(cap, relative, tokenizer, domain)
         self._budgets: list[float] = budget.tolist()
         self._previous: list[int] = previous.tolist()
         self._is_exact = not (cap.any() or relative.any()) or not budget.any()
@@ -102,16 +106,12 @@ class RelaxedPhysicalRule:
     ) -> Verdict:
         """See `AcceptanceRule.judge`; deviations are in the physical unit of each position."""
         choices = scores.logits.argmax(1)  # [k + 1]
+        if self._place and is_chain(draft.parents):
+            return self._judge_chain(draft, choices.tolist(), committed, tolerance)
         parents: list[int] = draft.parents.tolist()
         positions: Int32 = np.array(depths(parents), np.int32) + np.int32(len(committed.tokens))  # [k]
         node_choices = choices[draft.parents + 1]  # [k] what the target would put in each node's place
-        # float64, so that a sum which equals the budget on paper is not refused for its rounding
         distance: list[float] = self._tokenizer.distance(draft.tokens, node_choices, positions).astype(float).tolist()
-        motion: list[float] = (
-            self._tokenizer.distance(node_choices, self._zero[positions % len(self._zero)], positions)
-            .astype(float)
-            .tolist()
-        )
         differs: list[bool] = (draft.tokens != node_choices).tolist()
 
         length = [0] + [-1] * len(parents)  # slot i + 1 is node i, slot 0 the root; -1 = not accepted
@@ -124,15 +124,11 @@ class RelaxedPhysicalRule:
             spent[node] = self._spent_before(parent, position, parents, spent, committed)
             off = 0.0
             if differs[node]:
-                if position >= len(self._caps):
+                if position >= len(self._budgets):
                     continue
                 off = distance[node]
                 spent[node] += off
-                limit = self._budgets[position] * tolerance
-                cap = (self._caps[position] + self._relative[position] * motion[node]) * tolerance
-                if not (off <= cap * (1 + 1e-6) and spent[node] <= limit * (1 + 1e-6)):
-                    continue
-                if off == 0.0:  # a distance too small to see is still not the target's choice
+                if not self._is_within(off, spent[node], position, int(node_choices[node]), tolerance):
                     continue
             slot = node + 1
             length[slot], total[slot] = length[parent + 1] + 1, total[parent + 1] + off
@@ -141,6 +137,36 @@ class RelaxedPhysicalRule:
         path = path_to(leaf - 1, parents)
         off_path = np.array([distance[node] if differs[node] else 0.0 for node in path], np.float32)
         return Verdict(np.array(path, np.int32), int(choices[leaf]), off_path > 0, off_path)
+
+    def _judge_chain(self, draft: Draft, choices: list[int], committed: Committed, tolerance: float) -> Verdict:
+        """The same for a draft without branches. Plain numbers: few tokens differ, and each array costs a look-up."""
+        m = len(committed.tokens)
+        spent: dict[int, float] = {}  # group -> what this path has spent in it
+        deviation: list[float] = []
+        is_relaxed = False
+        for position, (token, choice) in enumerate(zip(draft.tokens.tolist(), choices, strict=False), m):
+            off = 0.0
+            if token != choice:
+                if position >= len(self._budgets):
+                    break
+                place = self._place[position]
+                off = abs(place[token] - place[choice])
+                group = self._groups[position]
+                before = spent.get(group)
+                if before is None:
+                    before = sum(float(committed.deviation[at]) for at in self._members[group] if at < m)
+                if not self._is_within(off, before + off, position, choice, tolerance):
+                    break
+                spent[group], is_relaxed = before + off, True
+            deviation.append(off)
+        length = len(deviation)
+        return prefix_verdict(length, choices[length], np.array(deviation, np.float32) if is_relaxed else None)
+
+    def _is_within(self, off: float, spent: float, position: int, choice: int, tolerance: float) -> bool:
+        """The rule for a token that is not the target's choice; a distance too small to see is no licence."""
+        slack = self._slack[position]
+        is_near = 0.0 < off <= self._cap_of[position][choice] * tolerance + slack
+        return is_near and spent <= self._budgets[position] * tolerance + slack
 
     def _spent_before(
         self, parent: int, position: int, parents: list[int], spent: list[float], committed: Committed
@@ -155,6 +181,40 @@ class RelaxedPhysicalRule:
         for _ in range(position - before - 1):  # one step up where groups are runs of positions
             parent = parents[parent]
         return spent[parent]
+
+    @staticmethod
+    def _places(tokenizer: ActionTokenizer, domain: TokenDomain) -> list[list[float]]:
+        """[T][V]: where each token lies on its axis. Empty if distances are not those of points on an axis."""
+        tokens = np.arange(domain.vocab_size, dtype=np.int32)
+        places: list[list[float]] = []
+        for position in range(domain.num_tokens):
+            at = np.full((len(tokens), len(tokens)), position, np.int32)
+            between = tokenizer.distance(tokens[:, None], tokens[None], at).astype(np.float64)  # [V, V]
+            place = between[0]
+            if not np.allclose(np.abs(place[:, None] - place[None]), between, rtol=1e-5, atol=1e-6 * place.max()):
+                return []
+            places.append(place.tolist())
+        return places
+
+    @staticmethod
+    def _slacks(tokenizer: ActionTokenizer, domain: TokenDomain) -> list[float]:
+        """[T]: a thousandth of the narrowest bin; a sum that equals its budget on paper must not fail by rounding."""
+        low = np.arange(domain.vocab_size - 1, dtype=np.int32)
+        at = np.arange(domain.num_tokens, dtype=np.int32)[:, None]
+        slack: list[float] = (tokenizer.distance(low, low + 1, at).astype(np.float64).min(axis=1) * 1e-3).tolist()
+        return slack
+
+    @staticmethod
+    def _cap_table(cap: Floats, relative: Floats, tokenizer: ActionTokenizer, domain: TokenDomain) -> list[list[float]]:
+        """[T][V]: cap of each position for each choice of the target."""
+        tokens = np.arange(domain.vocab_size, dtype=np.int32)
+        still = tokenizer.encode(np.zeros((1, domain.tokens_per_step), np.float32))  # [A], the tokens of no motion
+        table = np.repeat(cap[:, None], domain.vocab_size, axis=1)
+        for position in np.flatnonzero(relative):
+            at = np.full_like(tokens, position)
+            table[position] += relative[position] * tokenizer.distance(tokens, still[at % len(still)], at)
+        rows: list[list[float]] = table.tolist()
+        return rows
 
     @staticmethod
     def _check_units(domain: TokenDomain, tokenizer: ActionTokenizer) -> None:
@@ -173,7 +233,7 @@ class RelaxedPhysicalRule:
             )
 
     @staticmethod
-    def _check_cap(cap: npt.NDArray[np.float64], unit_per_bin: Float32) -> None:
+    def _check_cap(cap: Floats, unit_per_bin: Float32) -> None:
         """Refuse a tolerance that is meant to relax and can't: most likely it is in another unit."""
         positions = np.flatnonzero(cap)
         if len(positions) and (cap[positions] < unit_per_bin[positions] * (1 - 1e-6)).all():
