@@ -1,0 +1,19 @@
+"""`vla-spec export`: write the model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Option(help="The trained policy.")] = Path("data/policy.safetensors"),
+    drafters: Annotated[Path, typer.Option(help="Folder of the drafters' checkpoints.")] = Path("data/drafters"),
+    out: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("models/metaworld"),
+) -> None:
+    """Write the model folder that engines load: safetensors, ONNX, policy.json and golden inputs."""
+    from vla_spec.recipe import export_model
+
+    export_model(checkpoint, drafters, out, typer.echo)
