@@ -98,8 +98,8 @@ class FakeController:
     gamma: int = 0
     stop_at: int = 0
 
-    def begin(self):
-        pass
+    def begin(self, remaining_ns):
+        return True
 
     def plan(self, remaining_ns, tokens_left):
         return None if remaining_ns <= 0 or tokens_left <= self.stop_at else Plan(self.gamma, self.gamma)

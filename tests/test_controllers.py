@@ -26,7 +26,7 @@ def took(ns, drafted=0, accepted=0):
 
 def controller(cost_ns=COST_NS, max_step=None, **options):
     made = DeadlineController(Options(**{"margin_ns": 300, "warmup": 0, **options}), cost_ns, max_step)
-    made.begin()
+    made.begin(1 << 60)
     made.record(took(5000))  # the prefill
     return made
 
@@ -157,7 +157,7 @@ def test_prefill_and_warm_up_do_not_count():
     for _ in range(2):
         made.record(took(50 * cost(0)))
         assert made.correction == 1.0
-    made.begin()
+    made.begin(1 << 60)
     made.record(took(10**9))  # a prefill
     assert made.correction == 1.0
     made.record(took(cost(0) // 2))
@@ -183,7 +183,7 @@ def test_a_stall_does_not_end_drafting_for_good():
     remaining = 300 + 10 * cost(0)
     num_chunks = 0
     while made.plan(remaining, 30) is None:
-        made.begin()
+        made.begin(1 << 60)
         made.record(took(5000))
         num_chunks += 1
         assert num_chunks <= 32
@@ -194,7 +194,7 @@ def test_a_chunk_with_rounds_forgets_nothing():
     made = controller(quantile=1.0)
     made.record(took(4 * cost(0)))
     for _ in range(5):
-        made.begin()
+        made.begin(1 << 60)
         made.record(took(5000))
         made.record(took(cost(0)))
     assert made.correction == 4.0
@@ -209,7 +209,7 @@ def test_no_cost_table_no_controller(table):
 def test_build_reads_table_and_engine_from_the_parts():
     parts = toy_parts(target=TableEngine(4, 0, max_step=3))
     made = build("controller", "deadline", parts, prior=1.0)
-    made.begin()
+    made.begin(1 << 60)
     made.record(took(5000))
     assert made.plan(1 << 60, 30).gamma == 2
     with pytest.raises(BadConfig, match="calibrate"):

@@ -97,10 +97,12 @@ def test_deadline_stops_between_rounds_and_keeps_the_verified_prefix(num_rounds)
     np.testing.assert_array_equal(decoded.tokens, whole.tokens[: len(decoded.tokens)])
 
 
-def test_a_deadline_that_has_passed_still_gives_the_prefills_token():
-    decoded = decoder(Faulty()).decode({}, -1)
-    assert decoded.stop == StopReason.DEADLINE
-    assert len(decoded.tokens) == 1
+def test_a_deadline_that_has_passed_costs_no_forward():
+    engine = Faulty()
+    decoded = decoder(engine).decode({}, -1)
+    assert decoded.stop == StopReason.NO_TIME
+    assert len(decoded.tokens) == 0
+    assert decoded.rounds == ()
 
 
 def test_a_perfect_drafter_needs_one_round_per_gamma_plus_1_tokens():
@@ -136,8 +138,9 @@ def test_the_rounds_say_where_the_time_went():
     recorded = []
 
     class Listening:
-        def begin(self):
+        def begin(self, remaining_ns):
             clock.advance(0)
+            return True
 
         def plan(self, remaining_ns, tokens_left):
             clock.advance(5)

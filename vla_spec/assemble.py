@@ -140,7 +140,7 @@ class Assembler:
         drafter: Drafter = self._build("drafter", config.drafter, parts)
         costs = self._costs(config, engine, drafter, adapter, observation)
         parts = plugins.Parts(
-            domain, adapter.tokenizer, first.model_dir, engine, costs.medians(), config.num_threads, config.seed
+            domain, adapter.tokenizer, first.model_dir, engine, costs, config.num_threads, config.seed
         )
         controller: DeadlineController = self._build("controller", config.controller, parts)
         runtime = _runtime_options(config)

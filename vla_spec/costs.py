@@ -43,6 +43,15 @@ class Costs:
     step: dict[int, Quantiles]
     draft: dict[int, Quantiles]
 
+    @staticmethod
+    def constant(prefill: float, step: Mapping[int, float], draft: Mapping[int, float] | None = None) -> Costs:
+        """Costs [ns] without spread, such as a published figure gives them."""
+        return Costs(
+            {0.5: float(prefill)},
+            {int(k): {0.5: float(ns)} for k, ns in step.items()},
+            {int(k): {0.5: float(ns)} for k, ns in (draft or {}).items()},
+        )
+
     @property
     def prefill_ns(self) -> float:
         """Median of one prefill [ns]."""

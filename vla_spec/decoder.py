@@ -63,14 +63,15 @@ class SpeculativeDecoder:
             history: the previous chunk, for drafters that start from it.
 
         Returns:
-            At least one token unless the very first scores were not finite.
+            At least one token unless the very first scores were not finite, or there was no time for them.
         """
         engine, controller, now_ns = self.engine, self.controller, self._now_ns
-        controller.begin()
         rounds: list[Round] = []
         tokens, m, tolerance, draft = self._tokens, 0, 1.0, EMPTY_DRAFT
 
         start = now_ns()
+        if not controller.begin(deadline_ns - start):
+            return self._result(0, rounds, StopReason.NO_TIME)
         self.drafter.begin(inputs, history)
         drafted = now_ns()
         scores = engine.prefill(inputs)

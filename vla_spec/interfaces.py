@@ -146,8 +146,12 @@ class AcceptanceRule(Protocol):
 class DeadlineController(Protocol):
     """Says how much to draft in the next round, or that no further round fits. Writes parameters only."""
 
-    def begin(self) -> None:
-        """A new chunk starts."""
+    def begin(self, remaining_ns: int) -> bool:
+        """A new chunk starts. False = not even its first token would be in time: spend no forward on it.
+
+        Args:
+            remaining_ns: until the deadline, may be negative.
+        """
 
     def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
         """Plan one round, or None = stop now. remaining_ns: until the deadline, may be negative."""

@@ -28,6 +28,7 @@ class Reason(IntEnum):
     ENGINE_ERROR = 6  # the engine, rule or controller raised
     RECOVERING = 7  # a usable plan, but not yet enough of them after a stop
     DRAFTER_ERROR = 8  # the drafter raised or made up tokens: a slow plan, if it is cut, and no wrong one
+    NO_TIME = 9  # a prefill alone would have been late, so none was started
 
 
 @dataclass(frozen=True, slots=True)

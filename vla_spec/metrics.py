@@ -18,7 +18,7 @@ MODEL_DRAFTERS = frozenset({"small_model", "feature_head", "block_head"})
 RULES_IN_BINS = frozenset({"relaxed_bins", "typical"})
 NS_PER_MS = 1e6
 
-_LATE = frozenset({Reason.DEADLINE, Reason.DEADLINE_PAST})
+_LATE = frozenset({Reason.DEADLINE, Reason.DEADLINE_PAST, Reason.NO_TIME})
 
 
 class Figures(NamedTuple):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vla_spec.costs import Costs
 from vla_spec.errors import UnknownOption
 from vla_spec.interfaces import ActionTokenizer, Engine
 from vla_spec.types import TokenDomain
@@ -40,7 +41,7 @@ class Parts:
         domain: what the tokens of one chunk mean.
         tokenizer: how tokens become actions.
         target: the target engine (drafters and controllers only).
-        cost_ns: measured cost table ``{"prefill": ns, "draft": {gamma: ns}, "step": {k: ns}}`` or None.
+        costs: what calls of the target and of the drafter cost (controllers only), or None.
         num_threads: intra-op threads for engines and drafter models.
         seed: for everything random.
     """
@@ -49,7 +50,7 @@ class Parts:
     tokenizer: ActionTokenizer
     model_dir: Path | None = None
     target: Engine | None = None
-    cost_ns: dict[str, Any] | None = None
+    costs: Costs | None = None
     num_threads: int = 1
     seed: int = 0
 

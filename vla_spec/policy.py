@@ -33,6 +33,7 @@ _REASON_OF_STOP = {
     StopReason.COMPLETE: Reason.NONE,
     StopReason.DEADLINE: Reason.DEADLINE,
     StopReason.BAD_SCORES: Reason.BAD_SCORES,
+    StopReason.NO_TIME: Reason.NO_TIME,
 }
 
 

@@ -145,6 +145,7 @@ class StopReason(IntEnum):
     COMPLETE = 0
     DEADLINE = 1  # the controller found that another round does not fit
     BAD_SCORES = 2  # NaN or infinity in the logits
+    NO_TIME = 3  # the controller found that not even the prefill fits; nothing was run
 
 
 @dataclass(frozen=True, slots=True)

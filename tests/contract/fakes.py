@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vla_spec import plugins
+from vla_spec.costs import Costs
 from vla_spec.interfaces import EngineInfo
 from vla_spec.plugins import Parts
 from vla_spec.types import EMPTY_DRAFT, Draft, Plan, Scores, TokenDomain
@@ -32,12 +33,10 @@ def toy_parts(vocab_size=256, num_steps=8, num_dofs=4, seed=0, **more):
     domain = toy_domain(vocab_size, num_steps, num_dofs)
     plugin = plugins.load("tokenizer", "uniform_bins")
     options = plugin.options(vocab_size=vocab_size, low=(-1.0,) * num_dofs, high=(1.0,) * num_dofs, unit=(UNIT,))
-    cost_ns = {
-        "prefill": 5e6,
-        "draft": {0: 0.0, 1: 1e4, 16: 1.6e5},
-        "step": {n: 1e6 + 5e4 * n for n in (1, 2, 4, 8, 16, 32)},
-    }
-    return Parts(domain, plugin.build(options, None), cost_ns=cost_ns, seed=seed, **more)
+    costs = Costs.constant(
+        5e6, step={n: 1e6 + 5e4 * n for n in (1, 2, 4, 8, 16, 32)}, draft={0: 0.0, 1: 1e4, 16: 1.6e5}
+    )
+    return Parts(domain, plugin.build(options, None), costs=costs, seed=seed, **more)
 
 
 def build(kind, name, parts, **options):

@@ -13,7 +13,7 @@ def test_has_the_interface(controller):
 
 
 def test_no_round_starts_after_the_deadline(controller):
-    controller.thing.begin()
+    controller.thing.begin(1 << 60)
     controller.thing.record(Round(0, 0, 0, 0, 5 * MS, 0, 0, 5 * MS))
     assert controller.thing.plan(0, 20) is None
     assert controller.thing.plan(-5 * MS, 20) is None
@@ -23,7 +23,7 @@ def test_plans_stay_within_bounds_whatever_was_measured(controller):
     rng = np.random.default_rng(0)
     num_tokens = controller.parts.domain.num_tokens
     for _ in range(60):
-        controller.thing.begin()
+        controller.thing.begin(1 << 60)
         controller.thing.record(Round(0, 0, 0, 0, 5 * MS, 0, 0, 5 * MS))
         left = num_tokens - 1
         while left > 0:
@@ -43,7 +43,7 @@ def test_plans_stay_within_bounds_whatever_was_measured(controller):
 
 
 def test_with_much_time_it_plans_to_the_end_of_the_chunk(controller):
-    controller.thing.begin()
+    controller.thing.begin(1 << 60)
     controller.thing.record(Round(0, 0, 0, 0, 5 * MS, 0, 0, 5 * MS))
     for left in range(30, 0, -1):
         assert controller.thing.plan(3600 * 1000 * MS, left) is not None

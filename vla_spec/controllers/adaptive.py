@@ -76,8 +76,9 @@ class AdaptiveController:
         """Longest path that the current plan allows."""
         return self._gamma if self._options.depth is None else min(self._gamma, self._options.depth)
 
-    def begin(self) -> None:
+    def begin(self, remaining_ns: int) -> bool:
         """What was learned stays."""
+        return remaining_ns > 0
 
     def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
         """The current draft length, None once the deadline has passed."""

@@ -123,12 +123,13 @@ class DeadlineController:
         index = math.ceil(self._options.quantile * len(self._sorted_ratios)) - 1
         return self._sorted_ratios[max(index, 0)]
 
-    def begin(self) -> None:
+    def begin(self, remaining_ns: int) -> bool:
         """A new chunk starts; what was learned stays."""
         if self._num_rounds == 0:
             for _ in range(-(-len(self._ratios) // 4)):
                 self._forget_oldest()
         self._is_prefill, self._num_rounds = True, 0
+        return remaining_ns > 0
 
     def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
         """The gamma with the most expected tokens per ns that fits, None if not even the cheapest round does."""
@@ -191,4 +192,5 @@ def _sorted_costs(table: Mapping[Any, Any], least: float = 0.0) -> dict[int, flo
 
 def build(options: Options, parts: Parts) -> DeadlineController:
     """Needs the cost table, and the target for its longest step."""
-    return DeadlineController(options, parts.cost_ns, None if parts.target is None else parts.target.max_step)
+    costs = None if parts.costs is None else parts.costs.medians()
+    return DeadlineController(options, costs, None if parts.target is None else parts.target.max_step)

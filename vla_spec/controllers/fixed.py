@@ -41,8 +41,9 @@ class FixedController:
         depth = options.gamma if options.depth is None else options.depth
         self._plan = Plan(options.gamma, depth, options.top_k, options.tolerance)
 
-    def begin(self) -> None:
+    def begin(self, remaining_ns: int) -> bool:
         """Keeps no state."""
+        return remaining_ns > 0
 
     def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
         """The constant plan, None once the deadline has passed."""
