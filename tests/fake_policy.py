@@ -98,7 +98,7 @@ class FakeController:
     gamma: int = 0
     stop_at: int = 0
 
-    def begin(self, remaining_ns):
+    def begin(self, remaining_ns, history=None):
         return True
 
     def plan(self, remaining_ns, tokens_left):

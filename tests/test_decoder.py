@@ -138,7 +138,7 @@ def test_the_rounds_say_where_the_time_went():
     recorded = []
 
     class Listening:
-        def begin(self, remaining_ns):
+        def begin(self, remaining_ns, history=None):
             clock.advance(0)
             return True
 

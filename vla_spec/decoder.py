@@ -70,7 +70,7 @@ class SpeculativeDecoder:
         tokens, m, tolerance, draft = self._tokens, 0, 1.0, EMPTY_DRAFT
 
         start = now_ns()
-        if not controller.begin(deadline_ns - start):
+        if not controller.begin(deadline_ns - start, history):
             return self._result(0, rounds, StopReason.NO_TIME)
         self.drafter.begin(inputs, history)
         drafted = now_ns()

@@ -146,11 +146,12 @@ class AcceptanceRule(Protocol):
 class DeadlineController(Protocol):
     """Says how much to draft in the next round, or that no further round fits. Writes parameters only."""
 
-    def begin(self, remaining_ns: int) -> bool:
+    def begin(self, remaining_ns: int, history: ChunkHistory | None = None) -> bool:
         """A new chunk starts. False = not even its first token would be in time: spend no forward on it.
 
         Args:
             remaining_ns: until the deadline, may be negative.
+            history: the previous chunk, which says how the arm is moving; None = there is none.
         """
 
     def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:

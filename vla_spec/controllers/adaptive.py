@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import final
 
 from vla_spec.errors import BadConfig
+from vla_spec.interfaces import ChunkHistory
 from vla_spec.plugins import Parts
 from vla_spec.types import Plan, Round
 
@@ -76,7 +77,7 @@ class AdaptiveController:
         """Longest path that the current plan allows."""
         return self._gamma if self._options.depth is None else min(self._gamma, self._options.depth)
 
-    def begin(self, remaining_ns: int) -> bool:
+    def begin(self, remaining_ns: int, history: ChunkHistory | None = None) -> bool:
         """What was learned stays."""
         return remaining_ns > 0
 

@@ -16,6 +16,7 @@ from typing import Any, final
 import numpy as np
 
 from vla_spec.errors import BadConfig
+from vla_spec.interfaces import ChunkHistory
 from vla_spec.plugins import Parts
 from vla_spec.types import Plan, Round
 
@@ -123,7 +124,7 @@ class DeadlineController:
         index = math.ceil(self._options.quantile * len(self._sorted_ratios)) - 1
         return self._sorted_ratios[max(index, 0)]
 
-    def begin(self, remaining_ns: int) -> bool:
+    def begin(self, remaining_ns: int, history: ChunkHistory | None = None) -> bool:
         """A new chunk starts; what was learned stays."""
         if self._num_rounds == 0:
             for _ in range(-(-len(self._ratios) // 4)):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from vla_spec.errors import BadConfig
+from vla_spec.interfaces import ChunkHistory
 from vla_spec.plugins import Parts
 from vla_spec.types import Plan, Round
 
@@ -41,7 +42,7 @@ class FixedController:
         depth = options.gamma if options.depth is None else options.depth
         self._plan = Plan(options.gamma, depth, options.top_k, options.tolerance)
 
-    def begin(self, remaining_ns: int) -> bool:
+    def begin(self, remaining_ns: int, history: ChunkHistory | None = None) -> bool:
         """Keeps no state."""
         return remaining_ns > 0
 
