@@ -8,7 +8,15 @@ import json
 import numpy as np
 import pytest
 
-from vla_spec.costs import MEASURED_CALLS, WARMUP_CALLS, Costs, measure_drafter, measure_engine, read_costs
+from vla_spec.costs import (
+    MEASURED_CALLS,
+    WARMUP_CALLS,
+    Costs,
+    measure_adapter,
+    measure_drafter,
+    measure_engine,
+    read_costs,
+)
 from vla_spec.errors import BadConfig
 from vla_spec.types import EMPTY_DRAFT, Plan, Scores
 
@@ -115,3 +123,41 @@ def test_quantiles_rise():
     costs, _, _ = measured()
     for cost in (costs.prefill, *costs.step.values()):
         assert all(a <= b for a, b in itertools.pairwise(cost.values()))
+
+
+def test_quantiles_between_the_stored_ones_are_interpolated_in_q_and_size_and_clamped_outside():
+    step = {1: {0.5: 10.0, 0.9: 20.0}, 3: {0.5: 30.0, 0.9: 60.0}}
+    costs = Costs({0.5: 100.0, 0.9: 140.0, 1.0: 200.0}, step, {2: {0.5: 4.0, 1.0: 8.0}}, {0.5: 7.0}, {0.5: 3.0})
+    assert costs.prefill_quantile_ns(0.7) == pytest.approx(120)
+    assert costs.prefill_quantile_ns(0.1) == 100
+    assert costs.prefill_quantile_ns(0.99) == pytest.approx(194)
+    assert costs.step_quantile_ns(1, 0.7) == pytest.approx(15)
+    assert costs.step_quantile_ns(2, 0.7) == pytest.approx((15 + 45) / 2)
+    assert costs.step_quantile_ns(0, 0.5) == 10
+    assert costs.step_quantile_ns(9, 0.999) == 60
+    assert costs.draft_quantile_ns(9, 0.75) == pytest.approx(6)
+    assert (costs.encode_ns, costs.decode_ns) == (7, 3)
+
+
+def test_what_was_not_measured_costs_nothing():
+    costs = Costs.constant(100, {1: 10})
+    assert (costs.encode_ns, costs.decode_ns, costs.draft_quantile_ns(4, 0.99)) == (0, 0, 0)
+    assert costs.step_quantile_ns(4, 0.99) == 10
+
+
+def test_encoding_and_decoding_are_measured_without_warm_up():
+    clock = Ticking()
+
+    class Adapter:
+        calls = 0
+
+        def encode(self, observation):
+            self.calls += 1
+            clock.now += 50 if self.calls <= WARMUP_CALLS else 5
+
+        def decode(self, tokens):
+            clock.now += len(tokens)
+
+    full = measure_adapter(measured()[0], Adapter(), None, np.zeros(8, np.int32), clock)
+    assert (full.encode_ns, full.decode_ns) == (5, 8)
+    assert full.prefill_ns == 100

@@ -166,8 +166,11 @@ class Assembler:
         inputs = adapter.encode(observation)
         key = _engine_key(config)
         if key not in self._engine_costs:
-            self._engine_costs[key] = cost_tables.measure_engine(
-                engine, inputs, adapter.domain.num_tokens, self._real.now_ns
+            num_tokens = adapter.domain.num_tokens
+            of_engine = cost_tables.measure_engine(engine, inputs, num_tokens, self._real.now_ns)
+            tokens = np.full(num_tokens, adapter.domain.vocab_size // 2, np.int32)
+            self._engine_costs[key] = cost_tables.measure_adapter(
+                of_engine, adapter, observation, tokens, self._real.now_ns
             )
         top_k = int(as_tree(config)["controller"].get("top_k", 1))
         shape = Plan(0, 0, top_k)
@@ -200,7 +203,5 @@ def _runtime_options(config: Config) -> RuntimeOptions:
         budget_ns=None if mode is Mode.LOCK_STEP else round(runtime.deadline_ms * NS_PER_MS),
         time_scale=runtime.time_scale,
         is_observing_free=runtime.is_observing_free,
-        chunks=ChunkOptions(
-            hand_over=HandOver(runtime.hand_over), is_shifted_by_holds=runtime.is_shifted_by_holds
-        ),
+        chunks=ChunkOptions(hand_over=HandOver(runtime.hand_over), is_shifted_by_holds=runtime.is_shifted_by_holds),
     )

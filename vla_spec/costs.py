@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from vla_spec.clock import NowNs
 from vla_spec.errors import BadConfig
-from vla_spec.interfaces import Drafter, Engine
-from vla_spec.types import EngineInputs, Plan
+from vla_spec.interfaces import Adapter, Drafter, Engine
+from vla_spec.types import EngineInputs, Int32, Observation, Plan
 
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 #: Sizes of a step that are measured, as far as the engine takes them; sizes between are interpolated.
@@ -31,17 +31,23 @@ Quantiles = dict[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Start-up costs of one engine and one drafter. Window: `MEASURED_CALLS` calls per entry, warm-up left out.
+    """Costs of one engine and one drafter, warm-up left out; measured at start-up, or read from a calibration.
+
+    Sizes and quantiles between the stored ones are interpolated linearly; outside they are clamped, never extrapolated.
 
     Attributes:
         prefill: of one prefill.
         step: number of tokens -> of one step; one token is plain decoding.
         draft: gamma -> of asking the drafter for so many nodes; empty for a drafter that was not measured.
+        encode: of turning one observation into engine inputs; empty = not measured.
+        decode: of turning a whole chunk's tokens into actions; empty = not measured.
     """
 
     prefill: Quantiles
     step: dict[int, Quantiles]
     draft: dict[int, Quantiles]
+    encode: Quantiles = field(default_factory=dict)
+    decode: Quantiles = field(default_factory=dict)
 
     @staticmethod
     def constant(prefill: float, step: Mapping[int, float], draft: Mapping[int, float] | None = None) -> Costs:
@@ -61,6 +67,28 @@ class Costs:
         """Median of one step [ns], interpolated between measured sizes, never extrapolated."""
         sizes = sorted(self.step)
         return float(np.interp(num_tokens, sizes, [self.step[k][0.5] for k in sizes]))
+
+    @property
+    def encode_ns(self) -> float:
+        """Median of encoding one observation [ns]; 0 where it was not measured."""
+        return _at_quantile(self.encode, 0.5)
+
+    @property
+    def decode_ns(self) -> float:
+        """Median of turning a whole chunk's tokens into actions [ns]; 0 where it was not measured."""
+        return _at_quantile(self.decode, 0.5)
+
+    def prefill_quantile_ns(self, q: float) -> float:
+        """What a prefill stays under with probability ``q`` in [0, 1] [ns]."""
+        return _at_quantile(self.prefill, q)
+
+    def step_quantile_ns(self, num_tokens: int, q: float) -> float:
+        """What a step of so many tokens stays under with probability ``q`` in [0, 1] [ns]."""
+        return _at_size(self.step, num_tokens, q)
+
+    def draft_quantile_ns(self, gamma: int, q: float) -> float:
+        """What drafting so many nodes stays under with probability ``q`` in [0, 1] [ns]; 0 if nothing was measured."""
+        return _at_size(self.draft, gamma, q)
 
     def limit_ns(self, num_tokens: int) -> float:
         """The least that a chunk can take: one prefill and one forward over all of its tokens [ns]."""
@@ -85,6 +113,8 @@ class Costs:
             "prefill": plain(self.prefill),
             "step": {str(k): plain(cost) for k, cost in self.step.items()},
             "draft": {str(k): plain(cost) for k, cost in self.draft.items()},
+            "encode": plain(self.encode),
+            "decode": plain(self.decode),
         }
 
     @staticmethod
@@ -99,6 +129,8 @@ class Costs:
                 _quantiles(tree["prefill"]),
                 {int(k): _quantiles(cost) for k, cost in tree["step"].items()},
                 {int(k): _quantiles(cost) for k, cost in tree.get("draft", {}).items()},
+                _quantiles(tree["encode"]) if tree.get("encode") else {},
+                _quantiles(tree["decode"]) if tree.get("decode") else {},
             )
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise BadConfig(f"{where}: not a cost table ({type(error).__name__}: {error})") from error
@@ -163,7 +195,22 @@ def measure_drafter(
 
     calls = {k: (lambda k=k: propose(k)) for k in DRAFT_SIZES if k < engine.max_step}
     measured = _measure(calls, now_ns, before=lambda: drafter.begin(inputs, None))
-    return Costs(costs.prefill, costs.step, measured)
+    return replace(costs, draft=measured)
+
+
+def measure_adapter(costs: Costs, adapter: Adapter, observation: Observation, tokens: Int32, now_ns: NowNs) -> Costs:
+    """Add what lies before and after decoding: observation to engine inputs, tokens to actions.
+
+    Args:
+        costs: of the engine.
+        adapter: any.
+        observation: a valid one.
+        tokens: int32 [T], a whole chunk.
+        now_ns: a clock that runs.
+    """
+    calls = {0: lambda: adapter.encode(observation), 1: lambda: adapter.decode(tokens)}
+    measured = _measure(calls, now_ns)
+    return replace(costs, encode=measured[0], decode=measured[1])
 
 
 def _measure(
@@ -179,6 +226,20 @@ def _measure(
             if i >= WARMUP_CALLS:
                 taken[key].append(now_ns() - start)
     return {key: dict(zip(QUANTILES, np.quantile(ns, QUANTILES).tolist(), strict=True)) for key, ns in taken.items()}
+
+
+def _at_quantile(cost: Quantiles, q: float) -> float:
+    if not cost:
+        return 0.0
+    stored = sorted(cost)
+    return float(np.interp(q, stored, [cost[at] for at in stored]))
+
+
+def _at_size(costs: Mapping[int, Quantiles], size: int, q: float) -> float:
+    if not costs:
+        return 0.0
+    sizes = sorted(costs)
+    return float(np.interp(size, sizes, [_at_quantile(costs[k], q) for k in sizes]))
 
 
 def _quantiles(tree: Mapping[str, Any]) -> Quantiles:
