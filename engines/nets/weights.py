@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from vla_spec.engines.nets.vla import VLA, VLAConfig
 from vla_spec.errors import BadModel
@@ -17,11 +18,28 @@ TRAINING_ONLY = ("ahead_up.", "ahead_down.", "ahead_position")
 
 
 def save_half(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write fp16 weights atomically. safetensors holds data only: no code, no pickle."""
+    """Write fp16 weights atomically. safetensors holds data only: no code, no pickle.
+
+    Equal arguments give equal bytes: the file's hash is the model's identity.
+    """
     half = {k: v.detach().to(torch.float16).contiguous().clone() for k, v in weights.items()}
     temporary = path.with_suffix(".tmp")
-    save_file(half, temporary, metadata)
+    temporary.write_bytes(_sort_metadata(save(half, metadata)))
     temporary.replace(path)
+
+
+def _sort_metadata(file: bytes) -> bytes:
+    """The same safetensors file with the keys of its metadata sorted; the library writes them in random order.
+
+    Layout: uint64 length of the header, a JSON header padded with spaces to a multiple of 8, the tensors. Tensors are
+    sorted by the library, and their offsets count from the header's end.
+    """
+    (size,) = struct.unpack("<Q", file[:8])
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + file[8 + size :]
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
