@@ -150,7 +150,10 @@ def test_the_rounds_say_where_the_time_went():
             recorded.append(measured)
 
     decoded = decoder(Faulty(clock=clock), Scripted(make), num_tokens=5, controller=Listening()).decode({}, NO_DEADLINE)
-    assert decoded.rounds == (Round(0, 0, 0, 0, PREFILL_NS, 0, 0, PREFILL_NS), Round(3, 3, 0, 75, STEP_NS, 0, 0, 1075))
+    assert decoded.rounds == (
+        Round(0, 0, 0, 0, PREFILL_NS, 0, 0, PREFILL_NS),
+        Round(3, 3, 0, 75, STEP_NS, 0, 0, 1075, PREFILL_NS),
+    )
     assert tuple(recorded) == decoded.rounds
 
 

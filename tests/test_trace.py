@@ -88,6 +88,13 @@ def test_every_field_arrives_in_its_column():
         assert trace.rounds()[0][name] == value
 
 
+def test_a_trace_that_is_switched_off_records_nothing():
+    trace = Trace()
+    trace.is_enabled = False
+    trace.record(plan(took=200, rounds=[PREFILL]))
+    assert (trace.total_plans, trace.total_rounds, trace.total_misses, len(trace.plans())) == (0, 0, 0, 0)
+
+
 def test_a_miss_is_dumped_with_what_came_before_it(tmp_path):
     trace = Trace(dump_dir=tmp_path / "dumps", dump_plans=2)
     trace.record(plan(0, rounds=[PREFILL]))

@@ -90,7 +90,7 @@ class SpeculativeDecoder:
             num_relaxed = int(np.count_nonzero(verdict.relaxed))
             rounds.append(
                 Round(len(draft.tokens), len(verdict.path), num_relaxed,
-                      drafted - start, scored - drafted, judged - scored, done - judged, done - start)
+                      drafted - start, scored - drafted, judged - scored, done - judged, done - start, start)
             )  # fmt: skip
             controller.record(rounds[-1])
             if m >= self.num_tokens:

@@ -22,7 +22,7 @@ Structured = npt.NDArray[np.void]
 
 ROUND_DTYPE = np.dtype(
     [("chunk_id", "i8"), ("index", "i4"), ("num_drafted", "i4"), ("num_accepted", "i4"), ("num_relaxed", "i4")]
-    + [(name, "i8") for name in ("draft_ns", "step_ns", "judge_ns", "commit_ns", "total_ns")]
+    + [(name, "i8") for name in ("draft_ns", "step_ns", "judge_ns", "commit_ns", "total_ns", "start_ns")]
 )
 PLAN_DTYPE = np.dtype(
     [("chunk_id", "i8"), ("observation_step", "i8"), ("observation_stamp_ns", "i8")]
@@ -144,11 +144,15 @@ class Trace:
         self._rounds = np.zeros(num_rounds, ROUND_DTYPE)
         #: Written since construction, overwritten rows included.
         self.total_plans = self.total_rounds = self.total_misses = 0
+        #: False = `record` does nothing, so that what recording costs can be measured by leaving it out.
+        self.is_enabled = True
         self._dump_dir, self._dumps_left, self._dump_plans = dump_dir, max_dumps, dump_plans
         self._to_dump: deque[int] = deque(maxlen=max(1, max_dumps))  # running numbers of plans
 
     def record(self, plan: PlanRecord) -> None:
         """Append one plan and its rounds. Call from the planner only; no I/O."""
+        if not self.is_enabled:
+            return
         for index, measured in enumerate(plan.rounds):
             self._rounds[self.total_rounds % len(self._rounds)] = (plan.chunk_id, index, *measured)
             self.total_rounds += 1

@@ -127,7 +127,11 @@ class Plan(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One draft-verify round as measured. Durations in ns; round 0 is the prefill (nothing drafted)."""
+    """One draft-verify round as measured. Durations in ns; round 0 is the prefill (nothing drafted).
+
+    draft, step, judge and commit follow each other without a gap from ``start_ns`` on (on the decoder's clock) and add
+    up to ``total_ns``.
+    """
 
     num_drafted: int
     num_accepted: int
@@ -137,6 +141,7 @@ class Round(NamedTuple):
     judge_ns: int
     commit_ns: int
     total_ns: int
+    start_ns: int = 0
 
 
 class StopReason(IntEnum):
