@@ -43,9 +43,9 @@ class SpeculativeDecoder:
         now_ns: Callable[[], int],
         rng: np.random.Generator,
     ) -> None:
-        self.engine, self.drafter, self.rule, self.controller = engine, drafter, rule, controller
+        self.engine, self.rule, self.controller = engine, rule, controller
+        self.drafter = drafter
         self.num_tokens, self._now_ns, self._rng = num_tokens, now_ns, rng
-        self._observe = drafter.observe if isinstance(drafter, ScoreObserver) else None
         width = engine.max_step
         self._step_tokens = np.zeros(width, np.int32)  # the last token, then the draft
         self._step_parents = np.full(width, -1, np.int32)
@@ -53,6 +53,16 @@ class SpeculativeDecoder:
         self._tokens = np.zeros(num_tokens + width, np.int32)
         self._deviation = np.zeros(num_tokens + width, np.float32)
         self._provenance = np.zeros(num_tokens + width, np.uint8)
+
+    @property
+    def drafter(self) -> Drafter:
+        """May be exchanged, or wrapped, between two chunks."""
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self._observe = drafter.observe if isinstance(drafter, ScoreObserver) else None
 
     def decode(self, inputs: EngineInputs, deadline_ns: int, history: ChunkHistory | None = None) -> Decoded:
         """Decode until the chunk is whole or the controller stops.

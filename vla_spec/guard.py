@@ -6,8 +6,8 @@ from typing import final
 
 import numpy as np
 
-from vla_spec.interfaces import ChunkHistory, Drafter
-from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Int32, Plan
+from vla_spec.interfaces import ChunkHistory, Drafter, ScoreObserver
+from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Int32, Plan, Scores
 
 
 @final
@@ -23,6 +23,7 @@ class GuardedDrafter:
 
     def __init__(self, drafter: Drafter, vocab_size: int, max_failures: int = 3, rest_chunks: int = 32) -> None:
         self.drafter = drafter
+        self._observe = drafter.observe if isinstance(drafter, ScoreObserver) else None
         self._vocab_size, self._max_failures, self._rest_chunks = vocab_size, max_failures, rest_chunks
         self._in_a_row = self._resting = 0
         self._is_silent = self._has_failed = False
@@ -59,6 +60,15 @@ class GuardedDrafter:
             self._fail(ValueError(fault))
             return EMPTY_DRAFT
         return draft
+
+    def observe(self, draft: Draft, scores: Scores) -> None:
+        """Pass on what the target said, if the wrapped drafter wants to know; an exception there is its failure."""
+        if self._observe is None or self._is_silent:
+            return
+        try:
+            self._observe(draft, scores)
+        except Exception as error:  # any fault of a drafter is expected trouble
+            self._fail(error)
 
     def _fault(self, draft: Draft, plan: Plan) -> str:
         """What is wrong with a draft's shape; empty = nothing. A few comparisons on at most gamma numbers."""

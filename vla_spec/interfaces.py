@@ -103,7 +103,8 @@ class Drafter(Protocol):
 class ScoreObserver(Protocol):
     """A drafter that learns from what the target said about its draft, rejected tokens included, has this too.
 
-    The decoder asks once, when it is made. See docs/decisions/0010-drafters-that-see-scores.md.
+    The decoder asks once, when it is given the drafter; a wrapper has the method and passes it on if the wrapped
+    drafter has it. See docs/decisions/0010-drafters-that-see-scores.md.
     """
 
     def observe(self, draft: Draft, scores: Scores) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vla_spec.clock import VirtualClock
 from vla_spec.errors import BadConfig
-from vla_spec.interfaces import ChunkHistory, Drafter, Engine, EngineInfo
+from vla_spec.interfaces import ChunkHistory, Drafter, Engine, EngineInfo, ScoreObserver
 from vla_spec.types import Draft, EngineInputs, Int32, Plan, Scores
 
 #: Nanoseconds: one number, or ``{quantile in 0..1: ns}``.
@@ -123,6 +123,7 @@ class ChargedDrafter:
 
     def __init__(self, drafter: Drafter, costs: CostTable, clock: VirtualClock, rng: np.random.Generator) -> None:
         self.drafter, self._costs, self._clock, self._rng = drafter, costs, clock, rng
+        self._observe = drafter.observe if isinstance(drafter, ScoreObserver) else None
 
     def begin(self, inputs: EngineInputs, history: ChunkHistory | None) -> None:
         """Free of charge."""
@@ -133,3 +134,8 @@ class ChargedDrafter:
         draft = self.drafter.propose(prefix, plan, features)
         self._clock.advance(self._costs.draft_ns(plan.gamma, self._rng))
         return draft
+
+    def observe(self, draft: Draft, scores: Scores) -> None:
+        """Pass on what the target said, if the wrapped drafter wants to know. Free of charge."""
+        if self._observe is not None:
+            self._observe(draft, scores)
