@@ -135,8 +135,8 @@ class Assembler:
             domain, adapter.tokenizer, self.model_dir(config), None, None, config.num_threads, config.seed
         )
         engine = self.engine(config, first)
-        rule: AcceptanceRule = self._build("rule", config.rule, first)
         parts = plugins.Parts(domain, adapter.tokenizer, first.model_dir, engine, None, config.num_threads, config.seed)
+        rule: AcceptanceRule = self._build("rule", config.rule, parts)
         drafter: Drafter = self._build("drafter", config.drafter, parts)
         costs = self._costs(config, engine, drafter, adapter, observation)
         parts = plugins.Parts(

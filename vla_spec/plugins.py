@@ -40,7 +40,7 @@ class Parts:
         model_dir: folder with the model's files, None for the toy engine.
         domain: what the tokens of one chunk mean.
         tokenizer: how tokens become actions.
-        target: the target engine (drafters and controllers only).
+        target: the target engine (rules, drafters and controllers only).
         costs: what calls of the target and of the drafter cost (controllers only), or None.
         num_threads: intra-op threads for engines and drafter models.
         seed: for everything random.
