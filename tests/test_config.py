@@ -107,6 +107,26 @@ def test_a_wrong_choice_lists_the_valid_ones():
     assert "'lockstep'" in text
 
 
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"drafter": {"name": "ngram", "max_nn": 3}}, "mode mine: drafter.max_nn: no option named 'max_nn'; have "),
+        ({"drafter": {"name": "ngram", "max_n": "x"}}, "mode mine: drafter.max_n: "),
+        ({"drafter": "ngrm"}, "mode mine: drafter: no drafter named 'ngrm'"),
+        ({"contoller": "fixed"}, "mode mine: contoller: no option named 'contoller'"),
+        ({"runtime": {"deadline_ms": -3}}, "mode mine: runtime.deadline_ms: "),
+    ],
+)
+def test_an_error_names_the_mode_and_stays_what_it_is(tree, message):
+    with pytest.raises((BadConfig, UnknownOption)) as plain:
+        resolve({**TOY, **tree})
+    with pytest.raises(type(plain.value)) as named:
+        resolve({**TOY, **tree}, "mine")
+    assert str(named.value).startswith(message)
+    assert str(named.value) == f"mode mine: {plain.value}"
+    assert vars(named.value) == vars(plain.value)
+
+
 def test_one_number_stands_for_a_tuple_of_one():
     resolved = resolve({**TOY, "rule": {"name": "relaxed_physical", "cap": 0.1}})
     assert resolved.rule.options.cap == (0.1,)

@@ -128,6 +128,10 @@ DEFAULT_PLUGINS: dict[str, str] = {
 def resolve(tree: Mapping[str, Any], mode: str = "custom") -> Config:
     """A raw tree, as YAML gives it, to a checked configuration.
 
+    Args:
+        tree: keys of `Config`.
+        mode: its name in tables and in messages.
+
     Raises:
         UnknownOption: a key or plugin that does not exist.
         BadConfig: a value of the wrong type or out of range.
@@ -136,13 +140,18 @@ def resolve(tree: Mapping[str, Any], mode: str = "custom") -> Config:
     if not isinstance(tree, Mapping):
         raise BadConfig(f"configuration: expected keys and values, got {_show(tree)}")
     values: dict[str, Any] = {"mode": mode, **DEFAULT_PLUGINS, **tree}
-    check_keys(values, _names(Config), "")
-    for key in PLUGIN_KEYS:
-        if values.get(key) is not None:
-            values[key] = resolve_choice(key, values[key])
-    if "runtime" in values:
-        values["runtime"] = build_options(Runtime, values["runtime"], "runtime")
-    config: Config = build_options(Config, values, "")
+    try:
+        check_keys(values, _names(Config), "")
+        for key in PLUGIN_KEYS:
+            if values.get(key) is not None:
+                values[key] = resolve_choice(key, values[key])
+        if "runtime" in values:
+            values["runtime"] = build_options(Runtime, values["runtime"], "runtime")
+        config: Config = build_options(Config, values, "")
+    except VlaSpecError as error:
+        if mode != "custom":  # which of several files it is; type and attributes of the error stay
+            error.args = (f"mode {mode}: {error}",)
+        raise
     return config
 
 
