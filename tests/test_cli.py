@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,14 +28,14 @@ def call(capsys, *arguments):
 
 
 def error_of(capsys, *arguments):
-    """The one line that a mistake gives."""
+    """The one line that a mistake gives; before it there may be progress, as in a log."""
     code, _, err = call(capsys, *arguments)
     assert code != 0
     assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    *before, last = [line for line in err.splitlines() if line.strip()]
+    assert last.startswith("error: ")
+    assert all(re.match(r"[a-z ]+: \d+ of \d+", line) for line in before), before
+    return last
 
 
 def test_version(capsys):
