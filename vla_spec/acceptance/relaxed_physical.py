@@ -6,12 +6,14 @@ through the un-normaliser so that the budget means the same on every robot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
+from vla_spec.acceptance._fitted import FittedTolerance
 from vla_spec.acceptance._longest_path import depths, is_chain, path_to, prefix_verdict
 from vla_spec.errors import BadConfig
 from vla_spec.interfaces import ActionTokenizer
@@ -31,18 +33,24 @@ class Options:
             group must be given the same number. [m, rad]
         relative: added to a token's cap: this share of how far the target's own choice would move it. Fast motions
             tolerate more than fine ones; the budget bounds both. 0 = no. [0..1]
+        step_scale: factor on cap, relative share and budget of each control step of the chunk; the last number holds
+            for all steps behind it. ``[1, 1, 1, 1, 2]`` is twice as wide behind an execute horizon of 4. [factor]
+        fitted: file that `vla-spec calibrate tolerance` wrote: cap, budget and relative are taken from there, what is
+            stated beside it is not used. Refused for another model.
         respect_never_relaxed: keep switches (the domain's never-relaxed positions) exact.
     """
 
     cap: tuple[float, ...] = (0.0005,)
     budget: tuple[float, ...] = (0.001,)
     relative: float = 0.0
+    step_scale: tuple[float, ...] = (1.0,)
+    fitted: Path | None = None
     respect_never_relaxed: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.relative <= 1:
             raise BadConfig(f"relative must be in [0, 1], got {self.relative}")
-        for name, values in (("cap", self.cap), ("budget", self.budget)):
+        for name, values in (("cap", self.cap), ("budget", self.budget), ("step_scale", self.step_scale)):
             if not values or not min(values) >= 0:
                 raise BadConfig(f"{name} must be numbers >= 0, got {values}")
 
@@ -62,11 +70,13 @@ class RelaxedPhysicalRule:
             if len(values) not in (1, num_dofs):
                 raise BadConfig(f"{name} needs 1 or {num_dofs} numbers, got {len(values)}")
         dof = np.arange(num_tokens) % num_dofs
-        cap = np.broadcast_to(np.asarray(options.cap, np.float64), num_dofs)[dof].copy()  # [T]
-        relative = np.full(num_tokens, options.relative)  # [T]
+        step = np.minimum(np.arange(num_tokens) // num_dofs, len(options.step_scale) - 1)
+        scale = np.asarray(options.step_scale, np.float64)[step]  # [T]
+        cap = np.broadcast_to(np.asarray(options.cap, np.float64), num_dofs)[dof] * scale  # [T]
+        relative = options.relative * scale  # [T]
         if options.respect_never_relaxed:
             cap[domain.never_relaxed] = relative[domain.never_relaxed] = 0.0
-        budget = np.broadcast_to(np.asarray(options.budget, np.float64), num_dofs)[dof]  # [T]
+        budget = np.broadcast_to(np.asarray(options.budget, np.float64), num_dofs)[dof] * scale  # [T]
         previous = np.full(num_tokens, -1, np.int32)  # [T] position before this one in the same group, -1 = none
         last: dict[int, int] = {}
         for position, group in enumerate(domain.group.tolist()):
@@ -245,5 +255,9 @@ class RelaxedPhysicalRule:
 
 
 def build(options: Options, parts: Parts) -> RelaxedPhysicalRule:
-    """Needs the domain's groups and the tokenizer's distance."""
+    """Needs the domain's groups and the tokenizer's distance; a fitted tolerance needs the target, to be checked."""
+    if options.fitted is not None:
+        fitted = FittedTolerance.from_file(options.fitted)
+        fitted.check_model(parts.target, options.fitted)
+        options = replace(options, cap=fitted.cap, budget=fitted.budget, relative=fitted.relative)
     return RelaxedPhysicalRule(options, parts.domain, parts.tokenizer)
