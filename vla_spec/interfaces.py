@@ -76,10 +76,16 @@ class Engine(Protocol):
 
 
 class ChunkHistory(NamedTuple):
-    """The previous chunk as a source of drafts."""
+    """The previous chunk: a source of drafts, the answer if there is no better one, and the beginning of the new chunk.
+
+    The tokens ``consumed .. consumed + num_forced`` are going to be played while the new chunk is planned, whatever it
+    says; a policy that can takes them as the new chunk's beginning, so that the rest continues what the arm does.
+    """
 
     tokens: Int32  # [m] of the previous chunk
     consumed: int  # how many of them belong to control steps that lie before the new observation
+    num_forced: int = 0  # how many of those behind them are fixed, whole control steps
+    actions: Float32 | None = None  # [h, A] as they are played, unverified ones bounded; None = what the tokens say
 
 
 @runtime_checkable

@@ -50,7 +50,7 @@ def figures(
         has_model_drafter: drafting is a model call and no host work.
     """
     decoded = [plan for plan in plans if plan.rounds]
-    rounds = [measured for plan in decoded for measured in plan.rounds[1:]]
+    rounds = [measured for plan in decoded for measured in plan.rounds[1:] if not measured.num_forced]
     chunk_ms = np.array([plan.plan_ns / NS_PER_MS for plan in decoded])
     decode_ms = np.array([sum(r.total_ns for r in plan.rounds[1:]) / NS_PER_MS for plan in decoded])
     slack_ms = np.array([min(plan.slack_ns / NS_PER_MS, deadline_ms - plan.plan_ns / NS_PER_MS) for plan in plans])

@@ -23,6 +23,7 @@ Structured = npt.NDArray[np.void]
 ROUND_DTYPE = np.dtype(
     [("chunk_id", "i8"), ("index", "i4"), ("num_drafted", "i4"), ("num_accepted", "i4"), ("num_relaxed", "i4")]
     + [(name, "i8") for name in ("draft_ns", "step_ns", "judge_ns", "commit_ns", "total_ns", "start_ns")]
+    + [("num_forced", "i4")]
 )
 PLAN_DTYPE = np.dtype(
     [("chunk_id", "i8"), ("observation_step", "i8"), ("observation_stamp_ns", "i8")]
@@ -36,7 +37,8 @@ class PlanRecord(NamedTuple):
     """One planning tick as measured. Durations in ns.
 
     encode_ns, decode_ns, tail_ns: adapter, decode loop, and everything after it; 0 where it was not reached.
-    num_steps: actions in the answer. num_tokens, num_verified: tokens in the answer, and those the target has seen.
+    num_steps: actions in the answer. num_tokens, num_verified: tokens in the answer, and those the target has judged
+    (a fixed beginning is neither judged nor counted).
     rounds: one entry per target forward, prefill first; empty if the decode raised.
     """
 
@@ -203,10 +205,12 @@ def summary(plans: Structured, rounds: Structured) -> Summary:
     """Statistics of rows of `PLAN_DTYPE` and `ROUND_DTYPE`; the window is what is handed in."""
     slack = plans["deadline_ns"] - plans["ready_ns"]
     decoded = plans[plans["num_rounds"] > 0]
-    behind = rounds[rounds["index"] > 0]
+    is_forced = rounds["num_forced"] > 0
+    behind = rounds[(rounds["index"] > 0) & ~is_forced]
     accepted = behind["num_accepted"]
     # A prefill or a round without a draft yields one token, as any round yields one more than it accepted.
-    num_tokens = len(rounds) + int(rounds["num_accepted"].sum())
+    # The prefill before a forced beginning yields none.
+    num_tokens = len(rounds) + int(rounds["num_accepted"].sum()) - int(is_forced.sum())
     by_position = []
     for i in range(int(behind["num_drafted"].max(initial=0))):
         reached = behind["num_drafted"] > i

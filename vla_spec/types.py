@@ -130,7 +130,8 @@ class Round(NamedTuple):
     """One draft-verify round as measured. Durations in ns; round 0 is the prefill (nothing drafted).
 
     draft, step, judge and commit follow each other without a gap from ``start_ns`` on (on the decoder's clock) and add
-    up to ``total_ns``.
+    up to ``total_ns``. ``num_forced``: tokens that were given, not decoded (the fixed beginning of a chunk): they were
+    fed in this round and are no yield of it, and the prefill before it yields nothing. 0 in all other rounds.
     """
 
     num_drafted: int
@@ -142,6 +143,7 @@ class Round(NamedTuple):
     commit_ns: int
     total_ns: int
     start_ns: int = 0
+    num_forced: int = 0
 
 
 class StopReason(IntEnum):
