@@ -194,9 +194,9 @@ def export_block_head(head: BlockHead, out: Path) -> None:
     weights, _ = read_weights(weights_file)
     head.load_state_dict(weights)
     width = c.width // c.num_heads
-    past = torch.zeros(c.num_heads, c.capacity, width)
+    past = torch.zeros(c.num_heads, head.capacity, width)
     inputs = (
-        torch.zeros(3, c.feature_width), torch.arange(3), past, past, torch.zeros(1, 1, c.capacity + 3),
+        torch.zeros(3, c.feature_width), torch.arange(3), past, past, torch.zeros(1, 1, head.capacity + 3),
         torch.zeros(1, dtype=torch.long), torch.arange(5), torch.zeros(5, dtype=torch.long),
     )  # fmt: skip
     names = ["features", "row", "past_key", "past_value", "mask", "last", "position", "history"]
@@ -216,10 +216,10 @@ def export_feature_head(head: FeatureHead, out: Path) -> None:
     save_half(weights_file, head.state_dict(), {"config": c.to_json()})
     weights, _ = read_weights(weights_file)
     head.load_state_dict(weights)
-    past = torch.zeros(c.num_heads, c.capacity, c.width // c.num_heads)
+    past = torch.zeros(c.num_heads, head.capacity, c.width // c.num_heads)
     inputs = (
         torch.zeros(3, c.feature_width), torch.zeros(3, c.width), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long),
-        torch.arange(3), past, past, torch.zeros(3, c.capacity + 3),
+        torch.arange(3), past, past, torch.zeros(3, head.capacity + 3),
     )  # fmt: skip
     names = ["features", "hidden", "is_own", "tokens", "position", "past_key", "past_value", "mask"]
     dynamic = {name: {0: "r"} for name in ("features", "hidden", "is_own", "tokens", "position")}

@@ -12,8 +12,9 @@ from safetensors.torch import save_file  # noqa: E402
 
 from vla_spec.engines import export  # noqa: E402
 from vla_spec.engines._model_files import check_weights  # noqa: E402
-from vla_spec.engines.nets.block_head import BlockHead, BlockHeadConfig  # noqa: E402
-from vla_spec.engines.nets.feature_head import FeatureHead, FeatureHeadConfig  # noqa: E402
+from vla_spec.engines.nets.block_head import BlockHead  # noqa: E402
+from vla_spec.engines.nets.feature_head import FeatureHead  # noqa: E402
+from vla_spec.engines.nets.head_config import HeadConfig  # noqa: E402
 from vla_spec.engines.nets.vla import VLA, VLAConfig  # noqa: E402
 from vla_spec.engines.nets.weights import load_policy, read_weights, save_half  # noqa: E402
 from vla_spec.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
@@ -24,7 +25,7 @@ TINY = VLAConfig(
     num_words=len(WORDS), width=32, num_layers=3, num_heads=2, mlp_width=32, image_size=32, num_cameras=1,
     tokens_per_camera=1, text_tokens=1, horizon=2, stem_channels=(4, 6, 8),
 )  # fmt: skip
-HEAD_SIZES = (TINY.width, TINY.feature_width, TINY.num_heads, 64, TINY.prompt_length, TINY.num_tokens, TINY.num_bins)
+HEAD_SIZES = HeadConfig.for_target(TINY, 64)
 FILES = {
     "policy.json", "engine.json", "target.safetensors", "prefill.onnx", "step.onnx", "golden.npz",
     "block_head.safetensors", "block_head.onnx", "feature_head.safetensors", "feature_head.onnx",
@@ -41,8 +42,8 @@ def write_model(out):
         "state": rng.normal(size=(1, 4)).astype(np.float32),
     }
     export.export_policy(VLA(TINY).eval(), WORDS, out, inputs)
-    export.export_block_head(BlockHead(BlockHeadConfig(*HEAD_SIZES)), out)
-    export.export_feature_head(FeatureHead(FeatureHeadConfig(*HEAD_SIZES)), out)
+    export.export_block_head(BlockHead(HEAD_SIZES), out)
+    export.export_feature_head(FeatureHead(HEAD_SIZES), out)
     return out
 
 

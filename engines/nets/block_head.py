@@ -8,45 +8,23 @@ what the previous chunk had planned for that control step. Drafting costs one sm
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class BlockHeadConfig:
-    """Sizes; ``width`` and the token table are the target's."""
-
-    width: int = 192
-    feature_width: int = 576
-    num_heads: int = 6
-    mlp_width: int = 768
-    prompt_length: int = 13
-    num_tokens: int = 32
-    num_bins: int = 256
-
-    @property
-    def capacity(self) -> int:
-        """Most committed rows."""
-        return self.prompt_length + self.num_tokens
-
-    def to_json(self) -> str:
-        """As stored in the safetensors header."""
-        return json.dumps(asdict(self))
+from vla_spec.engines.nets.head_config import HeadConfig
 
 
 class BlockHead(nn.Module):
     """The drafter network. ``history`` ids: 0..V-1, or V for "no plan"."""
 
-    def __init__(self, config: BlockHeadConfig) -> None:
+    def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.capacity = c.prompt_length + c.num_tokens  # most committed rows
         self.fuse_norm = nn.LayerNorm(c.feature_width)
         self.fuse = nn.Linear(c.feature_width, c.width)
-        self.row_position = nn.Parameter(torch.randn(c.capacity, c.width) * 0.02)
+        self.row_position = nn.Parameter(torch.randn(self.capacity, c.width) * 0.02)
         self.token = nn.Embedding(c.num_bins, c.width)
         self.history = nn.Embedding(c.num_bins + 1, c.width)
         self.position = nn.Parameter(torch.randn(c.num_tokens, c.width) * 0.1)

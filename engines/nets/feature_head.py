@@ -9,47 +9,25 @@ rows (all but the last) come first as context, with a "prompt" id instead of a t
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class FeatureHeadConfig:
-    """Sizes; ``width`` is the target's."""
-
-    width: int = 192
-    feature_width: int = 576
-    num_heads: int = 6
-    mlp_width: int = 512
-    prompt_length: int = 13
-    num_tokens: int = 32
-    num_bins: int = 256
-
-    @property
-    def capacity(self) -> int:
-        """Most rows."""
-        return self.prompt_length - 1 + self.num_tokens
-
-    def to_json(self) -> str:
-        """As stored in the safetensors header."""
-        return json.dumps(asdict(self))
+from vla_spec.engines.nets.head_config import HeadConfig
 
 
 class FeatureHead(nn.Module):
     """The drafter network. Token id V means "a prompt row"."""
 
-    def __init__(self, config: FeatureHeadConfig) -> None:
+    def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.capacity = c.prompt_length - 1 + c.num_tokens  # most rows
         self.fuse_norm = nn.LayerNorm(c.feature_width)
         self.fuse = nn.Linear(c.feature_width, c.width)
         self.token = nn.Embedding(c.num_bins + 1, c.width)
         self.join = nn.Linear(2 * c.width, c.width)
-        self.position = nn.Parameter(torch.randn(c.capacity, c.width) * 0.02)
+        self.position = nn.Parameter(torch.randn(self.capacity, c.width) * 0.02)
         self.norm1 = nn.LayerNorm(c.width)
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
         self.out = nn.Linear(c.width, c.width, bias=False)
@@ -93,7 +71,7 @@ class FeatureHead(nn.Module):
         c = self.config
         n, context = len(tokens), c.prompt_length - 1
         ids = torch.cat((torch.full((n, context), c.num_bins), tokens), 1)
-        position = torch.arange(c.capacity)
+        position = torch.arange(self.capacity)
         fused = self.fused(features)  # row i takes the feature of the row before its token: no shift needed
         gap = position[:, None] - position[None]  # query row minus key row
         keys, values, logits = [], [], []

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vla_spec.engines.nets.block_head import BlockHead, BlockHeadConfig
+from vla_spec.engines.nets.block_head import BlockHead
 from vla_spec.engines.nets.distill import DistillOptions, Source
+from vla_spec.engines.nets.head_config import HeadConfig
 from vla_spec.engines.nets.vla import VLA
 
 PREFIXES = 4  # per chunk and step: the keys and values of a chunk serve all of them
@@ -20,12 +21,7 @@ DRAFT = 16  # positions that the reported length looks at
 
 def build(target: VLA) -> BlockHead:
     """A head for this target that starts from its token table and output layer."""
-    c = target.config
-    head = BlockHead(
-        BlockHeadConfig(
-            c.width, c.feature_width, c.num_heads, 4 * c.width, c.prompt_length, c.num_tokens, c.num_bins
-        )
-    )
+    head = BlockHead(HeadConfig.for_target(target.config, 4 * target.config.width))
     with torch.no_grad():
         head.token.weight.copy_(target.token.weight)
         head.history.weight[:-1].copy_(target.token.weight)

@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla_spec.engines.nets.distill import DistillOptions, Source
-from vla_spec.engines.nets.feature_head import FeatureHead, FeatureHeadConfig
+from vla_spec.engines.nets.feature_head import FeatureHead
+from vla_spec.engines.nets.head_config import HeadConfig
 from vla_spec.engines.nets.vla import VLA
 
 PASSES = 4
+MLP_WIDTH = 512
 
 
 def build(target: VLA) -> FeatureHead:
     """A head for this target that starts from its token table and output layer."""
-    c = target.config
-    head = FeatureHead(
-        FeatureHeadConfig(c.width, c.feature_width, c.num_heads, 512, c.prompt_length, c.num_tokens, c.num_bins)
-    )
+    head = FeatureHead(HeadConfig.for_target(target.config, MLP_WIDTH))
     with torch.no_grad():
         head.token.weight[:-1].copy_(target.token.weight)
         head.head.load_state_dict(target.head.state_dict())
