@@ -13,12 +13,13 @@ from typing import Any, final
 
 import numpy as np
 
+from vla_spec.engines._cached_engine import CachedEngine
 from vla_spec.engines._kv_cache import KVCache, StepBuffers
 from vla_spec.engines._model_files import check_weights, read_sizes, require_model_dir
 from vla_spec.errors import BadModel, MissingDependency, SlowPath
 from vla_spec.interfaces import EngineInfo
 from vla_spec.plugins import Parts
-from vla_spec.types import EngineInputs, Float32, Int32, Scores
+from vla_spec.types import EngineInputs, Int32, Scores
 
 #: Largest difference to the reference logits on the golden inputs that still counts as the same model.
 GOLDEN_TOLERANCE = 2e-3
@@ -69,7 +70,7 @@ def open_session(path: Path, num_threads: int, provider: str = "CPUExecutionProv
 
 
 @final
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(CachedEngine):
     """The embedded default.
 
     Raises:
@@ -98,26 +99,6 @@ class OnnxRuntimeEngine:
         )  # fmt: skip
         self._check_golden(model_dir / "golden.npz")
 
-    @property
-    def info(self) -> EngineInfo:
-        """Identity and capabilities."""
-        return self._info
-
-    @property
-    def length(self) -> int:
-        """Committed cache rows, prompt included."""
-        return self._cache.length
-
-    @property
-    def max_step(self) -> int:
-        """Most tokens that one `step` takes."""
-        return self._cache.max_step
-
-    @property
-    def features(self) -> Float32:
-        """float32 [length, D], valid until the next `prefill`."""
-        return self._cache.features[: self._cache.length]
-
     def prefill(self, inputs: EngineInputs) -> Scores:
         """Start over. Returns one row, about the first token of the chunk."""
         logits, features, rows = self._prefill.run(None, {k: inputs[k] for k in ("images", "words", "state")})
@@ -132,10 +113,6 @@ class OnnxRuntimeEngine:
             binding = self._bindings[len(tokens)] = self._bind(buffers)
         self._step.run_with_iobinding(binding)
         return Scores(buffers.logits, buffers.features)
-
-    def commit(self, path: Int32) -> None:
-        """Keep these nodes of the last step."""
-        self._cache.commit(path)
 
     def _bind(self, buffers: StepBuffers) -> Any:
         """Tie the step graph to the cache and to these buffers, by address, once."""

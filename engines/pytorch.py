@@ -8,12 +8,13 @@ from typing import Any, final
 
 import numpy as np
 
+from vla_spec.engines._cached_engine import CachedEngine
 from vla_spec.engines._kv_cache import KVCache
 from vla_spec.engines._model_files import check_weights, read_sizes
 from vla_spec.errors import MissingDependency
 from vla_spec.interfaces import EngineInfo
 from vla_spec.plugins import Parts
-from vla_spec.types import EngineInputs, Float32, Int32, Scores
+from vla_spec.types import EngineInputs, Int32, Scores
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Options:
 
 
 @final
-class PyTorchEngine:
+class PyTorchEngine(CachedEngine):
     """fp32, eager. Needs the extra ``[torch]``.
 
     Raises:
@@ -54,26 +55,6 @@ class PyTorchEngine:
             is_batch_invariant=True,
         )  # fmt: skip
 
-    @property
-    def info(self) -> EngineInfo:
-        """Identity and capabilities."""
-        return self._info
-
-    @property
-    def length(self) -> int:
-        """Committed cache rows, prompt included."""
-        return self._cache.length
-
-    @property
-    def max_step(self) -> int:
-        """Most tokens that one `step` takes."""
-        return self._cache.max_step
-
-    @property
-    def features(self) -> Float32:
-        """float32 [length, D], valid until the next `prefill`."""
-        return self._cache.features[: self._cache.length]
-
     def prefill(self, inputs: EngineInputs) -> Scores:
         """Start over. Returns one row, about the first token of the chunk."""
         torch = self._torch
@@ -93,10 +74,6 @@ class PyTorchEngine:
         for row, new in zip(buffers.rows, rows, strict=True):
             row[:] = new.numpy()
         return Scores(buffers.logits, buffers.features)
-
-    def commit(self, path: Int32) -> None:
-        """Keep these nodes of the last step."""
-        self._cache.commit(path)
 
 
 def build(options: Options, parts: Parts) -> PyTorchEngine:
