@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from vla_spec.calib.cost_file import Wanted, load_costs
+from vla_spec.calib.device import this_device
 from vla_spec.costs import (
     MEASURED_CALLS,
     WARMUP_CALLS,
@@ -15,7 +18,6 @@ from vla_spec.costs import (
     measure_adapter,
     measure_drafter,
     measure_engine,
-    read_costs,
 )
 from vla_spec.errors import BadConfig
 from vla_spec.types import EMPTY_DRAFT, Plan, Scores
@@ -65,6 +67,11 @@ class Drafter:
         return EMPTY_DRAFT
 
 
+def wanted():
+    """What a run's own table is never asked about."""
+    return Wanted(None, None, this_device, None, 32, False)
+
+
 def measured():
     clock = Ticking()
     engine = Engine(clock)
@@ -90,15 +97,15 @@ def test_a_drafter_is_told_about_a_new_chunk_before_each_call():
     drafter = Drafter(clock)
     full = measure_drafter(costs, drafter, engine, {}, Plan(0, 0, 2), clock)
     assert drafter.begun == drafter.asked
-    assert {k: cost[0.5] for k, cost in full.draft.items()} == {1: 3, 2: 6, 4: 12, 8: 24}
+    assert {k: cost[0.5] for k, cost in full.draft.items()} == {1: 3, 2: 6, 4: 12, 8: 24, 15: 45}
     assert full.medians()["draft"][4] == 12
 
 
 def test_a_table_survives_being_written_and_read(tmp_path):
-    costs, _, _ = measured()
+    costs = replace(measured()[0], encode={0.5: 7.0, 1.0: 9.0}, decode={0.5: 3.0})
     file = tmp_path / "costs.json"
     file.write_text(json.dumps({"exact": costs.as_json()}))
-    assert read_costs(file, "exact") == costs
+    assert load_costs(file, "exact", wanted()) == costs
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"exact": 3}', '{"exact": {"prefill": {"0.5": 1}, "step": {}}}'])
@@ -106,9 +113,9 @@ def test_what_is_no_table_is_refused_by_name(tmp_path, text):
     file = tmp_path / "costs.json"
     file.write_text(text)
     with pytest.raises(BadConfig, match=r"runtime\.costs: .*costs\.json"):
-        read_costs(file, "exact")
+        load_costs(file, "exact", wanted())
     with pytest.raises(BadConfig, match="can't be read"):
-        read_costs(tmp_path / "none.json", "exact")
+        load_costs(tmp_path / "none.json", "exact", wanted())
 
 
 @pytest.mark.parametrize("key", ["prefill", "step"])
@@ -161,3 +168,40 @@ def test_encoding_and_decoding_are_measured_without_warm_up():
     full = measure_adapter(measured()[0], Adapter(), None, np.zeros(8, np.int32), clock)
     assert (full.encode_ns, full.decode_ns) == (5, 8)
     assert full.prefill_ns == 100
+
+
+def test_a_runs_table_has_no_loads_to_choose_from(tmp_path):
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({"exact": measured()[0].as_json()}))
+    with pytest.raises(BadConfig, match=r"costs_load.*'busy'.*without loads"):
+        load_costs(file, "exact", wanted()._replace(load="busy"))
+
+
+@pytest.mark.parametrize(
+    ("prefill", "words"),
+    [
+        ({"0.5": -1}, "0 or more"),
+        ({"0.5": 2, "0.9": 1}, "rising"),
+        ({"0.5": float("nan")}, "NaN"),
+        ({"0.9": 1}, "0.5"),
+        ({"0.5": 1, "1.5": 2}, "from 0 to 1"),
+    ],
+)
+def test_a_runs_table_with_impossible_costs_is_refused(tmp_path, prefill, words):
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({"exact": {**measured()[0].as_json(), "prefill": prefill}}))
+    with pytest.raises(BadConfig, match=words):
+        load_costs(file, "exact", wanted())
+
+
+def test_a_tree_is_drafted_as_deep_as_its_controller_goes():
+    asked = []
+
+    class Asked(Drafter):
+        def propose(self, prefix, plan, features):
+            asked.append((plan.gamma, plan.depth, plan.top_k))
+            return super().propose(prefix, plan, features)
+
+    costs, engine, clock = measured()
+    measure_drafter(costs, Asked(clock), engine, {}, Plan(0, 3, 2), clock)
+    assert set(asked) == {(1, 1, 2), (2, 2, 2), (4, 3, 2), (8, 3, 2), (15, 3, 2)}

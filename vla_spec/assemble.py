@@ -15,16 +15,19 @@ import numpy as np
 from vla_spec import costs as cost_tables
 from vla_spec import plugins
 from vla_spec.action_space import ActionSpace
+from vla_spec.calib.cost_file import Wanted, load_costs
+from vla_spec.calib.device import this_device
+from vla_spec.calib.identity import draft_shape, drafter_identity, engine_identity
 from vla_spec.chunks import ChunkOptions, HandOver
 from vla_spec.clock import Clock, MonotonicClock, VirtualClock
-from vla_spec.config import Choice, Config, as_options, as_tree, build_options, find_model, load_plugin
+from vla_spec.config import Choice, Config, as_options, build_options, find_model, load_plugin
 from vla_spec.costs import Costs
 from vla_spec.decoder import SpeculativeDecoder
 from vla_spec.errors import BadModel
 from vla_spec.interfaces import AcceptanceRule, Adapter, DeadlineController, Drafter, Engine
 from vla_spec.policy import Policy
 from vla_spec.runtime import EpisodicRobot, Mode, RuntimeOptions
-from vla_spec.types import Observation, Plan, TokenDomain
+from vla_spec.types import Observation, TokenDomain
 from vla_spec.virtual_costs import ChargedDrafter, ChargedEngine, CostTable
 
 #: Engines that need no model folder.
@@ -161,19 +164,27 @@ class Assembler:
     def _costs(
         self, config: Config, engine: Engine, drafter: Drafter, adapter: Adapter, observation: Observation
     ) -> Costs:
+        num_tokens = adapter.domain.num_tokens
         if config.runtime.costs is not None:
-            return cost_tables.read_costs(config.runtime.costs, config.mode)
+            runtime = config.runtime
+            wanted = Wanted(
+                engine=engine_identity(config, engine),
+                drafter=drafter_identity(config),
+                load=runtime.costs_load,
+                num_tokens=min(engine.max_step, num_tokens),
+                is_other_device_allowed=runtime.allow_other_device or runtime.clock == "virtual",
+                device=this_device,
+            )
+            return load_costs(config.runtime.costs, config.mode, wanted)
         inputs = adapter.encode(observation)
         key = _engine_key(config)
         if key not in self._engine_costs:
-            num_tokens = adapter.domain.num_tokens
             of_engine = cost_tables.measure_engine(engine, inputs, num_tokens, self._real.now_ns)
             tokens = np.full(num_tokens, adapter.domain.vocab_size // 2, np.int32)
             self._engine_costs[key] = cost_tables.measure_adapter(
                 of_engine, adapter, observation, tokens, self._real.now_ns
             )
-        top_k = int(as_tree(config)["controller"].get("top_k", 1))
-        shape = Plan(0, 0, top_k)
+        shape = draft_shape(config)
         return cost_tables.measure_drafter(self._engine_costs[key], drafter, engine, inputs, shape, self._real.now_ns)
 
 

@@ -71,8 +71,12 @@ class Runtime:
             cameras need none of its processor. False = drawing is taken out of the plan's time.
         is_shifted_by_holds: a chunk that comes after the last one ran out starts with its first action instead of
             skipping what is past; a planner slower than a whole chunk then stops and goes instead of standing still.
-        costs: cost table of an earlier run (its costs.json) instead of a measured one; with clock ``virtual`` the whole
-            run then repeats bit for bit.
+        costs: cost table of a calibration (``*.costs.json``, refused if it belongs to another engine, model or
+            device) or of an earlier run (its costs.json) instead of one measured at start-up; with clock ``virtual``
+            the whole run then repeats bit for bit.
+        costs_load: which load's table of a calibration, such as ``idle`` or ``busy``; None = the file's only one.
+        allow_other_device: take a calibration of another machine, or published figures, for real time as well; with
+            clock ``virtual`` they are taken anyway.
     """
 
     execute_horizon: Annotated[int, Field(ge=1, le=1000)] = 4
@@ -83,6 +87,8 @@ class Runtime:
     is_observing_free: bool = True
     is_shifted_by_holds: bool = False
     costs: Path | None = None
+    costs_load: str | None = None
+    allow_other_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)

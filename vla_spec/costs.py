@@ -6,27 +6,29 @@ machine does not fall on one size alone.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vla_spec.clock import NowNs
 from vla_spec.errors import BadConfig
-from vla_spec.interfaces import Adapter, Drafter, Engine
+from vla_spec.interfaces import Adapter, ChunkHistory, Drafter, Engine
 from vla_spec.types import EngineInputs, Int32, Observation, Plan
 
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 #: Sizes of a step that are measured, as far as the engine takes them; sizes between are interpolated.
 STEP_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 DRAFT_SIZES = (1, 2, 4, 8, 16, 31)
+#: Sizes of a step over a branching tree; smaller trees are nearly chains.
+TREE_SIZES = (4, 8, 16, 32)
 WARMUP_CALLS, MEASURED_CALLS = 2, 9
 
 #: Quantile -> ns.
 Quantiles = dict[float, float]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +141,83 @@ class Costs:
         return costs
 
 
-def read_costs(path: Path, mode: str) -> Costs:
-    """The cost table of one mode from an earlier run's ``costs.json``.
+def costs_of_run(tree: Any, path: Path, mode: str) -> Costs:
+    """The cost table of one mode out of what an earlier run's ``costs.json`` holds.
 
     Raises:
-        BadConfig: unreadable, or the mode is not in it.
+        BadConfig: the mode is not in it, or what is there is no table.
     """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadConfig(f"runtime.costs: {path} can't be read ({type(error).__name__})") from error
     if not isinstance(tree, dict) or mode not in tree:
         have = ", ".join(tree) if isinstance(tree, dict) else "none"
         raise BadConfig(f"runtime.costs: {path} has no costs of mode {mode!r}; have {have}")
     return Costs.from_json(tree[mode], f"runtime.costs: {path}: {mode}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Something whose cost is measured.
+
+    Attributes:
+        run: is timed.
+        before: is not; None = nothing has to be prepared.
+    """
+
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+
+
+def sizes_up_to(sizes: Sequence[int], most: int) -> list[int]:
+    """Those of ``sizes`` that are smaller than ``most``, and ``most`` itself."""
+    return [size for size in sizes if size < most] + [most]
+
+
+def chain_calls(engine: Engine, num_tokens: int) -> dict[int, Call]:
+    """Steps that score a chain, by size. They need a prefill and stay uncommitted.
+
+    Args:
+        engine: has had a prefill when a call is run.
+        num_tokens: T; larger steps are of no use.
+    """
+    sizes = sizes_up_to(STEP_SIZES, min(engine.max_step, num_tokens))
+    return {k: _step_call(engine, np.arange(-1, k - 1, dtype=np.int32)) for k in sizes}
+
+
+def tree_calls(engine: Engine, num_tokens: int, branching: int) -> dict[int, Call]:
+    """Steps that score a complete tree of so many children per node, by size; empty for an engine without trees."""
+    if not engine.info.has_tree_mask:
+        return {}
+    sizes = sizes_up_to(TREE_SIZES, min(engine.max_step, num_tokens))
+    parents = {k: (np.arange(-1, k - 1) // branching).astype(np.int32) for k in sizes}
+    return {k: _step_call(engine, of_size) for k, of_size in parents.items()}
+
+
+def _step_call(engine: Engine, parents: Int32) -> Call:
+    tokens = np.zeros(len(parents), np.int32)
+    return Call(lambda: engine.step(tokens, parents))
+
+
+def draft_calls(
+    drafter: Drafter, engine: Engine, inputs: EngineInputs, shape: Plan, prefix: Int32, history: ChunkHistory | None
+) -> dict[int, Call]:
+    """Drafts by gamma. The drafter is told about a new chunk before each, so that it remembers nothing of the last.
+
+    Args:
+        drafter: any.
+        engine: has had a prefill when a call is run.
+        inputs: a valid observation's.
+        shape: of the tree: ``top_k``, and the longest path ``depth`` (0 = as long as gamma); gamma is varied.
+        prefix: int32 [1], the first token.
+        history: the previous chunk, for drafters that start from it.
+    """
+
+    def call(gamma: int) -> Call:
+        plan = shape._replace(gamma=gamma, depth=min(gamma, shape.depth) or gamma)
+        return Call(
+            lambda: drafter.propose(prefix, plan, engine.features), before=lambda: drafter.begin(inputs, history)
+        )
+
+    most = engine.max_step - 1
+    return {gamma: call(gamma) for gamma in sizes_up_to(DRAFT_SIZES, most)} if most else {}
 
 
 def measure_engine(engine: Engine, inputs: EngineInputs, num_tokens: int, now_ns: NowNs) -> Costs:
@@ -164,18 +229,13 @@ def measure_engine(engine: Engine, inputs: EngineInputs, num_tokens: int, now_ns
         num_tokens: T; larger steps are of no use.
         now_ns: a clock that runs.
     """
-    sizes = [k for k in STEP_SIZES if k < min(engine.max_step, num_tokens)] + [min(engine.max_step, num_tokens)]
-    calls: dict[int, Callable[[], object]] = {}
-    for k in sizes:
-        tokens, parents = np.zeros(k, np.int32), np.arange(-1, k - 1, dtype=np.int32)
-        calls[k] = lambda tokens=tokens, parents=parents: engine.step(tokens, parents)  # type: ignore[misc]
-    prefill = _measure({0: lambda: engine.prefill(inputs)}, now_ns)[0]
+    prefill = _measure({0: Call(lambda: engine.prefill(inputs))}, now_ns)[0]
     engine.prefill(inputs)
-    return Costs(prefill, _measure(calls, now_ns), {})
+    return Costs(prefill, _measure(chain_calls(engine, num_tokens), now_ns), {})
 
 
 def measure_drafter(
-    costs: Costs, drafter: Drafter, engine: Engine, inputs: EngineInputs, plan: Plan, now_ns: NowNs
+    costs: Costs, drafter: Drafter, engine: Engine, inputs: EngineInputs, shape: Plan, now_ns: NowNs
 ) -> Costs:
     """Add the drafting column.
 
@@ -184,18 +244,12 @@ def measure_drafter(
         drafter: told about a new chunk before each call, so that nothing is remembered from the call before.
         engine: gets a prefill.
         inputs: a valid observation's.
-        plan: shape of the tree (top_k); gamma and depth are varied.
+        shape: of the tree: top_k, and depth (0 = as deep as gamma); gamma is varied.
         now_ns: a clock that runs.
     """
     token = int(engine.prefill(inputs).logits[0].argmax())
-    prefix = np.array([token], np.int32)
-
-    def propose(gamma: int) -> None:
-        drafter.propose(prefix, plan._replace(gamma=gamma, depth=gamma), engine.features)
-
-    calls = {k: (lambda k=k: propose(k)) for k in DRAFT_SIZES if k < engine.max_step}
-    measured = _measure(calls, now_ns, before=lambda: drafter.begin(inputs, None))
-    return replace(costs, draft=measured)
+    calls = draft_calls(drafter, engine, inputs, shape, np.array([token], np.int32), None)
+    return replace(costs, draft=_measure(calls, now_ns))
 
 
 def measure_adapter(costs: Costs, adapter: Adapter, observation: Observation, tokens: Int32, now_ns: NowNs) -> Costs:
@@ -208,24 +262,44 @@ def measure_adapter(costs: Costs, adapter: Adapter, observation: Observation, to
         tokens: int32 [T], a whole chunk.
         now_ns: a clock that runs.
     """
-    calls = {0: lambda: adapter.encode(observation), 1: lambda: adapter.decode(tokens)}
+    calls = {0: Call(lambda: adapter.encode(observation)), 1: Call(lambda: adapter.decode(tokens))}
     measured = _measure(calls, now_ns)
     return replace(costs, encode=measured[0], decode=measured[1])
 
 
-def _measure(
-    calls: Mapping[int, Callable[[], object]], now_ns: NowNs, before: Callable[[], object] | None = None
-) -> dict[int, Quantiles]:
-    taken: dict[int, list[int]] = {key: [] for key in calls}
-    for i in range(WARMUP_CALLS + MEASURED_CALLS):
+def time_calls(
+    calls: Mapping[Key, Call],
+    now_ns: NowNs,
+    num_calls: int,
+    after_cycle: Callable[[], object] | None = None,
+) -> dict[Key, list[int]]:
+    """Duration of every call [ns], warm-up included: all calls in turn, ``num_calls`` times over.
+
+    Args:
+        calls: by whatever names them.
+        now_ns: a clock that runs.
+        num_calls: of each.
+        after_cycle: called when each of them has been run once more.
+    """
+    taken: dict[Key, list[int]] = {key: [] for key in calls}
+    for _ in range(num_calls):
         for key, call in calls.items():
-            if before is not None:
-                before()
+            if call.before is not None:
+                call.before()
             start = now_ns()
-            call()
-            if i >= WARMUP_CALLS:
-                taken[key].append(now_ns() - start)
-    return {key: dict(zip(QUANTILES, np.quantile(ns, QUANTILES).tolist(), strict=True)) for key, ns in taken.items()}
+            call.run()
+            taken[key].append(now_ns() - start)
+        if after_cycle is not None:
+            after_cycle()
+    return taken
+
+
+def _measure(calls: Mapping[int, Call], now_ns: NowNs) -> dict[int, Quantiles]:
+    taken = time_calls(calls, now_ns, WARMUP_CALLS + MEASURED_CALLS)
+    return {
+        key: dict(zip(QUANTILES, np.quantile(ns[WARMUP_CALLS:], QUANTILES).tolist(), strict=True))
+        for key, ns in taken.items()
+    }
 
 
 def _at_quantile(cost: Quantiles, q: float) -> float:
@@ -243,6 +317,10 @@ def _at_size(costs: Mapping[int, Quantiles], size: int, q: float) -> float:
 
 
 def _quantiles(tree: Mapping[str, Any]) -> Quantiles:
-    cost = {float(q): float(ns) for q, ns in tree.items()}
-    cost[0.5]
+    cost = dict(sorted((float(q), float(ns)) for q, ns in tree.items()))
+    values = list(cost.values())
+    if 0.5 not in cost or min(cost) < 0 or max(cost) > 1:
+        raise ValueError(f"quantiles {', '.join(tree) or 'none'}; valid: 0.5 and others from 0 to 1")
+    if not np.isfinite(values).all() or values[0] < 0 or values != sorted(values):
+        raise ValueError(f"costs {values} ns; valid: finite, 0 or more, rising with the quantile")
     return cost
