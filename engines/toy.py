@@ -94,7 +94,7 @@ class ToyEngine:
     sleep_ns: Callable[[int], None] | None
 
     def __init__(self, options: Options, domain: TokenDomain, sleep_ns: Callable[[int], None] | None = None) -> None:
-        self._options, self.sleep_ns = options, sleep_ns
+        self._options, self._domain, self.sleep_ns = options, domain, sleep_ns
         self._stride = domain.tokens_per_step
         num_bins = domain.vocab_size if options.vocab_size is None else options.vocab_size
         num_tokens = domain.num_tokens if options.num_tokens is None else options.num_tokens
@@ -138,6 +138,10 @@ class ToyEngine:
     @property
     def features(self) -> Float32:
         return self._features[: self._length]
+
+    def twin(self) -> ToyEngine:
+        """Another engine with the same weights, so to speak, and a cache of its own."""
+        return ToyEngine(self._options, self._domain)
 
     def prefill(self, inputs: EngineInputs) -> Scores:
         digest = self._options.seed & 0xFFFFFFFF

@@ -77,7 +77,7 @@ def grid(base: dict[str, Any]) -> tuple[Config, ...]:
             sized.setdefault(drafter_name, tree)
     configs = [resolve(merge(read_mode("autoregressive")[1], base), "autoregressive")]
     for drafter_name in plugins.names("drafter"):
-        if drafter_name == "none":
+        if drafter_name in ("none", "toy"):  # plain decoding is in already; the toy's own draws by dice
             continue
         tree = sized.get(drafter_name, {"drafter": drafter_name, "controller": {"name": "fixed"}})
         for rule in plugins.names("rule"):

@@ -27,6 +27,7 @@ FOLDERS = {
     "tokenizer": "tokenizers",
     "adapter": "adapters",
     "robot": "robots",
+    "fault": "faults",
 }
 #: Modules in these folders that are tools and not plugins.
 NOT_PLUGINS = {"engines": {"export", "nets", "build", "verify", "cache"}}

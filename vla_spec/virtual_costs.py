@@ -6,7 +6,7 @@ A cost is a distribution, given by quantiles, that is drawn from with a seeded g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Protocol, final
 
 import numpy as np
 
@@ -41,6 +41,19 @@ class CostDistribution:
         return int(np.interp(rng.random(), self._q, self._ns))
 
 
+class Charges(Protocol):
+    """What calls cost, one draw at a time."""
+
+    def prefill_ns(self, rng: np.random.Generator) -> int:
+        """Cost of one prefill."""
+
+    def step_ns(self, num_tokens: int, rng: np.random.Generator) -> int:
+        """Cost of a step of so many tokens."""
+
+    def draft_ns(self, num_tokens: int, rng: np.random.Generator) -> int:
+        """Cost of asking for so many tokens."""
+
+
 @final
 class CostTable:
     """Costs of a prefill, of steps and of drafts by their size; sizes between the measured ones cost the larger's.
@@ -55,6 +68,10 @@ class CostTable:
         self.prefill = CostDistribution(prefill)
         self._step = {int(k): CostDistribution(cost) for k, cost in sorted(step.items())}
         self._draft = {int(k): CostDistribution(cost) for k, cost in sorted((draft or {}).items())}
+
+    def prefill_ns(self, rng: np.random.Generator) -> int:
+        """Cost of one prefill."""
+        return self.prefill.draw_ns(rng)
 
     def step_ns(self, num_tokens: int, rng: np.random.Generator) -> int:
         """Cost of a step of so many tokens."""
@@ -77,7 +94,7 @@ def _at(costs: Mapping[int, CostDistribution], size: int, rng: np.random.Generat
 class ChargedEngine:
     """An engine whose calls let time pass on a virtual clock; everything else is the wrapped engine's."""
 
-    def __init__(self, engine: Engine, costs: CostTable, clock: VirtualClock, rng: np.random.Generator) -> None:
+    def __init__(self, engine: Engine, costs: Charges, clock: VirtualClock, rng: np.random.Generator) -> None:
         self.engine, self._costs, self._clock, self._rng = engine, costs, clock, rng
 
     @property
@@ -103,7 +120,7 @@ class ChargedEngine:
     def prefill(self, inputs: EngineInputs) -> Scores:
         """Prefill, and charge for it."""
         scores = self.engine.prefill(inputs)
-        self._clock.advance(self._costs.prefill.draw_ns(self._rng))
+        self._clock.advance(self._costs.prefill_ns(self._rng))
         return scores
 
     def step(self, tokens: Int32, parents: Int32) -> Scores:
@@ -121,7 +138,7 @@ class ChargedEngine:
 class ChargedDrafter:
     """A drafter whose drafts let time pass on a virtual clock."""
 
-    def __init__(self, drafter: Drafter, costs: CostTable, clock: VirtualClock, rng: np.random.Generator) -> None:
+    def __init__(self, drafter: Drafter, costs: Charges, clock: VirtualClock, rng: np.random.Generator) -> None:
         self.drafter, self._costs, self._clock, self._rng = drafter, costs, clock, rng
         self._observe = drafter.observe if isinstance(drafter, ScoreObserver) else None
 

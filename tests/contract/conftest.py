@@ -23,7 +23,7 @@ RUN_THROUGH = {
 #: These need nothing, so that skipping one would hide a fault.
 NEVER_SKIPPED = {
     "engine": {"toy"},
-    "drafter": {"none", "ngram", "previous_chunk", "jacobi"},
+    "drafter": {"none", "ngram", "previous_chunk", "jacobi", "toy"},
     "rule": {"greedy", "rejection", "typical", "relaxed_bins", "relaxed_physical"},
     "controller": {"fixed", "adaptive", "deadline"},
     "tokenizer": {"uniform_bins"},

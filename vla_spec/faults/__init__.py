@@ -1,0 +1,1 @@
+"""What can go wrong, one file per fault: the folder is the registry of `vla-spec stress --faults`."""

@@ -1,0 +1,51 @@
+"""Pictures of floating-point numbers with NaN among them: a preprocessing step that divided by zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+
+from vla_spec.errors import BadConfig
+from vla_spec.injection import Draws, Fault
+from vla_spec.plugins import Parts
+from vla_spec.types import Observation
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How often.
+
+    Attributes:
+        probability: of each plan.
+    """
+
+    probability: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.probability <= 1):
+            raise BadConfig(f"probability is {self.probability}; valid: 0..1")
+
+
+@final
+class NanImages(Fault):
+    """Same shape, other type."""
+
+    def __init__(self, options: Options, draws: Draws) -> None:
+        super().__init__(draws)
+        self._options = options
+
+    def observe(self, plan: int, seen: Observation, past: Sequence[Observation]) -> Observation:
+        """Pictures that no engine should get."""
+        if self.draws.uniform(plan) >= self._options.probability:
+            return seen
+        images: Any = seen.images.astype(np.float32)
+        images.reshape(-1)[:: max(1, images.size // 7)] = np.nan
+        return replace(seen, images=images)
+
+
+def build(options: Options, parts: Parts) -> NanImages:
+    """Needs the seed."""
+    return NanImages(options, Draws(parts.seed, "nan_images"))
