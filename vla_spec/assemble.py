@@ -122,12 +122,13 @@ class Assembler:
             self._engines[key] = load_plugin("engine", config.engine.name).build(config.engine.options, parts)
         return self._engines[key]
 
-    def assemble(self, config: Config, observation: Observation) -> Assembly:
+    def assemble(self, config: Config, observation: Observation, costs: Costs | None = None) -> Assembly:
         """Build one mode and measure its start-up costs.
 
         Args:
             config: resolved.
             observation: some valid one of the robot, for warm-up and measuring.
+            costs: what calls are said to cost; None = read or measured, as the configuration says.
 
         Raises:
             VlaSpecError: whatever a part refuses, in one sentence.
@@ -141,7 +142,7 @@ class Assembler:
         parts = plugins.Parts(domain, adapter.tokenizer, first.model_dir, engine, None, config.num_threads, config.seed)
         rule: AcceptanceRule = self._build("rule", config.rule, parts)
         drafter: Drafter = self._build("drafter", config.drafter, parts)
-        costs = self._costs(config, engine, drafter, adapter, observation)
+        costs = costs or self._costs(config, engine, drafter, adapter, observation)
         parts = plugins.Parts(
             domain, adapter.tokenizer, first.model_dir, engine, costs, config.num_threads, config.seed
         )
