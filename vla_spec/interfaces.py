@@ -162,7 +162,10 @@ class DeadlineController(Protocol):
         """
 
     def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
-        """Plan one round, or None = stop now. remaining_ns: until the deadline, may be negative."""
+        """Plan one round, or None = stop now. remaining_ns: until the deadline, may be negative.
+
+        `LEAVE_REST` = stop although there is time: what is missing is the drafter's, unverified, bounded and labelled.
+        """
 
     def record(self, measured: Round) -> None:
         """Learn from a finished round."""

@@ -29,6 +29,7 @@ class Reason(IntEnum):
     RECOVERING = 7  # a usable plan, but not yet enough of them after a stop
     DRAFTER_ERROR = 8  # the drafter raised or made up tokens: a slow plan, if it is cut, and no wrong one
     NO_TIME = 9  # a prefill alone would have been late, so none was started
+    LEFT = 10  # on purpose: the controller left the rest of the chunk to the drafter
 
 
 @dataclass(frozen=True, slots=True)

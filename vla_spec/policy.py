@@ -34,6 +34,7 @@ _REASON_OF_STOP = {
     StopReason.DEADLINE: Reason.DEADLINE,
     StopReason.BAD_SCORES: Reason.BAD_SCORES,
     StopReason.NO_TIME: Reason.NO_TIME,
+    StopReason.LEFT: Reason.LEFT,
 }
 
 
@@ -232,7 +233,7 @@ class Policy:
             return None
         tokens, provenance = decoded.tokens, decoded.provenance
         wants_tail = not is_complete and self.options.max_tail_steps > 0
-        if wants_tail and self.options.has_draft_tail and decoded.stop is StopReason.DEADLINE:
+        if wants_tail and self.options.has_draft_tail and decoded.stop in (StopReason.DEADLINE, StopReason.LEFT):
             drafted = self._drafted_tail(tokens, deadline_ns)
             tokens = np.concatenate((tokens, drafted))
             provenance = np.concatenate((provenance, np.full(len(drafted), Provenance.DRAFTED, np.uint8)))

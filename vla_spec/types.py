@@ -126,6 +126,10 @@ class Plan(NamedTuple):
     tolerance: float = 1.0
 
 
+#: What a controller plans to end a chunk before its time: the drafter may fill in the rest, nobody verifies it.
+LEAVE_REST = Plan(-1, -1)
+
+
 class Round(NamedTuple):
     """One draft-verify round as measured. Durations in ns; round 0 is the prefill (nothing drafted).
 
@@ -153,6 +157,7 @@ class StopReason(IntEnum):
     DEADLINE = 1  # the controller found that another round does not fit
     BAD_SCORES = 2  # NaN or infinity in the logits
     NO_TIME = 3  # the controller found that not even the prefill fits; nothing was run
+    LEFT = 4  # the controller leaves the rest to the drafter, unverified, although there is time
 
 
 @dataclass(frozen=True, slots=True)
