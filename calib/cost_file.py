@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vla_spec.costs import Costs, Quantiles, costs_of_run
 from vla_spec.errors import BadConfig
@@ -79,6 +88,10 @@ class Distribution(_Part):
                     needed = round(1 / min(level, 1 - level))
                     raise ValueError(f"p{100 * level:g} from {self.n} samples; valid: {needed} or more")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_blanks(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
 
     @property
     def median(self) -> float:
@@ -208,13 +221,21 @@ class EngineTable(_Part):
             **{f"step {k}": cost for k, cost in sorted(self.step.items())},
             **{f"tree {k}": cost for k, cost in sorted(self.step_tree.items())},
             **{
-                f"draft {k} {column.drafter}": cost
-                for column in self.drafters
+                f"{column.drafter.name} {k}{number}": cost
+                for number, column in self._numbered()
                 for k, cost in sorted(column.draft.items())
             },
             "encode": self.encode,
             "decode": self.decode,
         }
+
+    def _numbered(self) -> Iterator[tuple[str, DraftTable]]:
+        """Drafting columns with what tells those of the same drafter apart: nothing for the first, then #2 ..."""
+        seen: Counter[str] = Counter()
+        for column in self.drafters:
+            seen[column.drafter.name] += 1
+            count = seen[column.drafter.name]
+            yield f" #{count}" if count > 1 else "", column
 
     def costs(self, column: DraftTable) -> Costs:
         """With one drafter. A drafter that branches gets the costs of branching steps, where they were measured."""

@@ -7,20 +7,23 @@ cycles are warm-up: they are reported, and in no quantile.
 
 from __future__ import annotations
 
+import datetime
 import gc
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, final
 
 import numpy as np
+from pydantic import ValidationError
 
-from vla_spec import plugins
+from vla_spec import __version__, plugins
 from vla_spec.assemble import Assembler
 from vla_spec.calib.background_load import BackgroundLoad
 from vla_spec.calib.cost_file import (
     LEVELS,
+    CostFile,
     Distribution,
     DrafterIdentity,
     DraftTable,
@@ -28,17 +31,25 @@ from vla_spec.calib.cost_file import (
     Load,
     is_supported,
 )
+from vla_spec.calib.device import library_versions, this_device_now
 from vla_spec.calib.identity import draft_shape, drafter_identity, engine_identity
-from vla_spec.clock import NS_PER_S, NowNs
+from vla_spec.clock import NS_PER_S, MonotonicClock, NowNs
 from vla_spec.config import Config, load_plugin
 from vla_spec.costs import Call, chain_calls, draft_calls, time_calls, tree_calls
-from vla_spec.errors import BadConfig
+from vla_spec.errors import BadConfig, VlaSpecError
+from vla_spec.evaluation import first_observation, task_names
 from vla_spec.interfaces import Adapter, ChunkHistory, Drafter, Engine
 from vla_spec.progress import Reporter
 from vla_spec.types import EngineInputs, Int32, Observation
 
 #: Children per node of the measured trees; what counts for the cost is that branches need a mask.
 BRANCHING = 2
+#: Other processes may use so many cores' worth of time without a note in the file.
+MOST_OTHER_CORES = 0.1
+
+
+class Disturbed(VlaSpecError):
+    """What was measured contradicts itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +80,59 @@ class CalibrationOptions:
             BackgroundLoad(kind, self.num_load_processes)  # refuses what does not exist
 
 
+def calibrate_costs(
+    configs: Sequence[Config], options: CalibrationOptions, seed: int, command: str, progress: Reporter
+) -> CostFile:
+    """Measure the tables of these modes on this machine.
+
+    Args:
+        configs: one per mode, all with the same robot.
+        options: how much.
+        seed: of the episode whose first observation is decoded.
+        command: that was called, for the file.
+        progress: told about every cycle.
+
+    Raises:
+        VlaSpecError: a part can't be built, a load could not be kept up, or the machine was too disturbed.
+    """
+    robot = configs[0].robot
+    if any(config.robot != robot for config in configs):
+        raise BadConfig("modes: all modes of one calibration need the same robot")
+    assembler = Assembler()
+    for config in configs:  # cheap checks of all modes before the first expensive step
+        assembler.adapter(config)
+    observation = first_observation(assembler, robot, task_names(robot, None)[0], seed)
+    benches = prepare(assembler, configs)
+    tables = calibrate(benches, observation, options, MonotonicClock().now_ns, progress)
+    device = this_device_now()
+    return CostFile(
+        origin="measured",
+        label=f"measured on {device}",
+        device=device,
+        created=datetime.datetime.now().astimezone().isoformat("T", "seconds"),
+        command=command,
+        libraries=library_versions(),
+        vla_spec=__version__,
+        notes=tuple(_disturbances(tables)),
+        tables=tuple(tables),
+    )
+
+
+class Candidate(NamedTuple):
+    """One drafter, and the modes that use it."""
+
+    identity: DrafterIdentity
+    drafter: Drafter
+    configs: list[Config]
+
+
 class Bench(NamedTuple):
-    """One engine with the drafters that are measured with it."""
+    """One engine with the drafters that are measured with it, by their identity as text."""
 
     config: Config
     adapter: Adapter
     engine: Engine
-    drafters: dict[DrafterIdentity, tuple[Drafter, Config, tuple[str, ...]]]
+    candidates: dict[str, Candidate]
 
 
 def prepare(assembler: Assembler, configs: Sequence[Config]) -> list[Bench]:
@@ -92,15 +149,15 @@ def prepare(assembler: Assembler, configs: Sequence[Config]) -> list[Bench]:
         engine = assembler.engine(config, parts)
         bench = benches.setdefault(id(engine), Bench(config, adapter, engine, {}))
         identity = drafter_identity(config)
-        if identity in bench.drafters:
-            drafter, first, modes = bench.drafters[identity]
-            bench.drafters[identity] = drafter, first, (*modes, config.mode)
+        key = identity.model_dump_json()
+        if key in bench.candidates:
+            bench.candidates[key].configs.append(config)
             continue
         parts = plugins.Parts(
             adapter.domain, adapter.tokenizer, model_dir, engine, None, config.num_threads, config.seed
         )
         drafter = load_plugin("drafter", config.drafter.name).build(config.drafter.options, parts)
-        bench.drafters[identity] = drafter, config, (config.mode,)
+        bench.candidates[key] = Candidate(identity, drafter, [config])
     return list(benches.values())
 
 
@@ -152,11 +209,11 @@ def _measure(
     }
     calls |= {("step", k): call for k, call in chain_calls(engine, num_tokens).items()}
     calls |= {("step_tree", k): call for k, call in tree_calls(engine, num_tokens, BRANCHING).items()}
-    for identity, (drafter, config, _) in bench.drafters.items():
-        consumed = config.runtime.execute_horizon * adapter.domain.tokens_per_step
+    for name, (_, drafter, configs) in bench.candidates.items():
+        consumed = configs[0].runtime.execute_horizon * adapter.domain.tokens_per_step
         history = ChunkHistory(chunk, min(consumed, num_tokens))
-        drafts = draft_calls(drafter, engine, inputs, draft_shape(config), chunk[:1], history)
-        calls |= {(identity.model_dump_json(), gamma): call for gamma, call in drafts.items()}
+        drafts = draft_calls(drafter, engine, inputs, draft_shape(configs[0]), chunk[:1], history)
+        calls |= {(name, gamma): call for gamma, call in drafts.items()}
     calls["decode"] = Call(lambda: adapter.decode(chunk))
 
     was_collecting = gc.isenabled()
@@ -175,25 +232,41 @@ def _measure(
     def by_size(what: Hashable) -> dict[int, Distribution]:
         return {key[1]: cost for key, cost in found.items() if isinstance(key, tuple) and key[0] == what}
 
-    return EngineTable(
-        load=Load(
-            key=load.kind,
-            description=load.description,
-            num_processes=load.num_processes,
-            other_cores=other_cores,
-            stolen_cores=stolen_cores,
-        ),
-        engine=engine_identity(bench.config, engine),
-        prefill=found["prefill"],
-        step=by_size("step"),
-        step_tree=by_size("step_tree"),
-        encode=found["encode"],
-        decode=found["decode"],
-        drafters=tuple(
-            DraftTable(modes=modes, drafter=identity, draft=by_size(identity.model_dump_json()))
-            for identity, (_, _, modes) in bench.drafters.items()
-        ),
-    )
+    try:
+        return EngineTable(
+            load=Load(
+                key=load.kind,
+                description=load.description,
+                num_processes=load.num_processes,
+                other_cores=other_cores,
+                stolen_cores=stolen_cores,
+            ),
+            engine=engine_identity(bench.config, engine),
+            prefill=found["prefill"],
+            step=by_size("step"),
+            step_tree=by_size("step_tree"),
+            encode=found["encode"],
+            decode=found["decode"],
+            drafters=tuple(
+                DraftTable(modes=tuple(config.mode for config in configs), drafter=identity, draft=by_size(name))
+                for name, (identity, _, configs) in bench.candidates.items()
+            ),
+        )
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise Disturbed(
+            f"calibrate, load {load.kind}: {message}; the machine was too disturbed (other processes used "
+            f"{other_cores} cores), or --calls {options.num_calls} is too few; measure again"
+        ) from None
+
+
+def _disturbances(tables: Sequence[EngineTable]) -> Iterator[str]:
+    """What a reader of the table should know about the other processes of the machine."""
+    for table in tables:
+        load = table.load
+        for cores, what in ((load.other_cores, "other processes used"), (load.stolen_cores, "the hypervisor took")):
+            if cores is not None and cores > MOST_OTHER_CORES:
+                yield f"while {table.engine.name} was measured under load {load.key!r}, {what} {cores:g} cores"
 
 
 def distribution(taken_ns: Sequence[int], num_warmup: int, first_ns: int | None = None) -> Distribution:
