@@ -10,19 +10,23 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
 # Arguments for `vla-spec`, as in: make run ARGS="--episodes 2 --tasks drawer-open"
 ARGS ?=
+# `make test TORCH=no` leaves PyTorch out and skips the tests that need it; see CONTRIBUTING.md, Dependencies.
+TORCH ?= yes
+$(if $(filter-out yes no,$(TORCH)),$(error TORCH is "$(TORCH)"; valid: yes, no))
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 key = $(shell cat requirements/$(1).lock setup.py setup.cfg pyproject.toml | sha256sum | cut -c1-16)
 RUN_READY := $(VENV)/.ready-run-$(call key,run)
 TRAIN_READY := $(VENV)/.ready-train-$(call key,train)
-TEST_READY := $(VENV)/.ready-test-$(call key,test)
+TEST_READY := $(VENV)/.ready-test-$(call key,test)$(if $(filter no,$(TORCH)),-without-torch)
 VENV_READY := $(VENV)/.ready-venv
 
-# Installs one lock and the package itself (editable, without asking an index for its build tools).
+# Installs one lock, all of it or all but one package, and the package itself (editable, without asking an index for its
+# build tools).
 define install
-	@echo "installing requirements/$(1).lock into $(VENV)"
-	$(BIN)/python -m pip install -q -r requirements/$(1).lock
+	@echo "installing requirements/$(1).lock$(if $(2), without $(2)) into $(VENV)"
+	$(if $(2),grep -v '^$(2)==',cat) requirements/$(1).lock | $(BIN)/python -m pip install -q -r /dev/stdin
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.ready-$(1)-*
 	@touch $@
@@ -40,7 +44,7 @@ run: $(RUN_READY) system-check ## closed loop in the simulator with the shipped 
 bench: $(RUN_READY) system-check ## every drafter with every rule on the same observations; ARGS=... as for run
 	$(BIN)/vla-spec bench $(ARGS)
 
-test: $(TEST_READY) system-check ## all tests
+test: $(TEST_READY) system-check ## all tests; TORCH=no leaves PyTorch and what needs it out
 	$(BIN)/python -m pytest $(ARGS)
 
 check: lint types fast ## what to run before a commit: ruff, mypy, fast tests
@@ -91,4 +95,4 @@ $(TRAIN_READY): | $(VENV_READY)
 	$(call install,train)
 
 $(TEST_READY): | $(VENV_READY)
-	$(call install,test)
+	$(call install,test,$(if $(filter no,$(TORCH)),torch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -88,11 +89,6 @@ def test_run_and_bench_take_the_same_options(capsys, command):
         (["bench", *TOY, "--modes", "ngram", "--closed-loop", "x", "--observations", "1"], ["--closed-loop", "'x'"]),
         (["collect", "--seed-start", "9990"], ["10000", "kept for evaluation"]),
         (["collect", "--tasks", "drawer-opn", "--out", "x"], ["did you mean 'drawer-open'"]),
-        (["train", "--data", "/no/data", "--checkpoint", "c.safetensors"], ["--data /no/data", "vla-spec collect"]),
-        (["train", "--set", "stepps=3"], ["train.stepps", "did you mean 'steps'"]),
-        (["distill", "--checkpoint", "/no/policy"], ["/no/policy", "vla-spec train"]),
-        (["distill", "--drafters", "blok_head"], ["did you mean 'block_head'"]),
-        (["export", "--checkpoint", "/no/policy"], ["/no/policy", "vla-spec train"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, tmp_path, monkeypatch, arguments, words):
@@ -101,6 +97,25 @@ def test_a_mistake_is_one_line_that_names_it(capsys, tmp_path, monkeypatch, argu
     for word in words:
         assert word in line
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra [train]")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--data", "/no/data", "--checkpoint", "c.safetensors"], ["--data /no/data", "vla-spec collect"]),
+        (["train", "--set", "stepps=3"], ["train.stepps", "did you mean 'steps'"]),
+        (["distill", "--checkpoint", "/no/policy"], ["/no/policy", "vla-spec train"]),
+        (["distill", "--drafters", "blok_head"], ["did you mean 'block_head'"]),
+        (["export", "--checkpoint", "/no/policy"], ["/no/policy", "vla-spec train"]),
+    ],
+)
+def test_a_mistake_in_the_recipe_is_one_line_that_names_it(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    line = error_of(capsys, *arguments)
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_corrupt_weights_are_one_line(capsys, tmp_path):

@@ -197,6 +197,25 @@ def test_make_help_lists_every_target():
         assert re.search(rf"^\s+make {target}\s+\S", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("torch", "is_left_out"), [("yes", False), ("no", True)])
+def test_make_test_can_leave_pytorch_out(tmp_path, torch, is_left_out):
+    command = ["make", "-n", "test", f"TORCH={torch}", f"VENV={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    (install,) = [line for line in done.stdout.splitlines() if line.endswith("pip install -q -r /dev/stdin")]
+    lock = subprocess.run(["bash", "-c", install.split("|")[0]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("torch==2.13.0" not in lock.stdout.split()) is is_left_out
+    assert len(lock.stdout.split()) == len(pins("test")) - is_left_out
+
+
+def test_make_says_what_torch_may_be():
+    done = subprocess.run(
+        ["make", "-n", "test", "TORCH=maybe"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert 'TORCH is "maybe"; valid: yes, no' in done.stderr
+
+
 def test_ci_runs_the_tests_that_a_user_runs():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o100
