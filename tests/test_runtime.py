@@ -204,7 +204,7 @@ def test_costs_are_drawn_between_their_quantiles():
     assert np.median([d for d in draws if 100 < d < 200]) == pytest.approx(150, abs=5)
     assert CostDistribution(7).draw_ns(rng) == 7
     table = CostTable(1, {1: 10, 4: 40}, {2: 5})
-    assert [table.step_ns(n, rng) for n in (1, 2, 4, 9)] == [10, 40, 40, 40]
+    assert [table.step_ns(n, rng) for n in (1, 2, 4, 9)] == [10, 20, 40, 40]
     assert (table.draft_ns(1, rng), CostTable(1, {}).draft_ns(3, rng)) == (5, 0)
     for bad in ({0.5: 2, 0.9: 1}, {1.5: 2}, -1, {}):
         with pytest.raises(BadConfig):

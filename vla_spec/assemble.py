@@ -28,7 +28,7 @@ from vla_spec.interfaces import AcceptanceRule, Adapter, DeadlineController, Dra
 from vla_spec.policy import Policy
 from vla_spec.runtime import EpisodicRobot, Mode, RuntimeOptions
 from vla_spec.types import Observation, TokenDomain
-from vla_spec.virtual_costs import ChargedDrafter, ChargedEngine, CostTable
+from vla_spec.virtual_costs import ChargedAdapter, ChargedDrafter, ChargedEngine, CostTable
 
 #: Engines that need no model folder.
 WITHOUT_MODEL = {"toy"}
@@ -151,12 +151,14 @@ class Assembler:
         clock: Clock = VirtualClock() if runtime.mode is Mode.VIRTUAL else self._real
         rng = np.random.default_rng(config.seed)
         decoder = SpeculativeDecoder(engine, drafter, rule, controller, domain.num_tokens, clock.now_ns, rng)
+        planned_by = adapter
         if isinstance(clock, VirtualClock):
             table = CostTable(costs.prefill, costs.step, costs.draft)
             latency_rng = np.random.default_rng([config.seed, 1])
             decoder.engine = ChargedEngine(engine, table, clock, latency_rng)
             decoder.drafter = ChargedDrafter(drafter, table, clock, latency_rng)
-        policy = Policy(adapter, decoder, action_space(domain), clock.now_ns)
+            planned_by = ChargedAdapter(adapter, costs.encode, costs.decode, clock, latency_rng)
+        policy = Policy(planned_by, decoder, action_space(domain), clock.now_ns)
         return Assembly(config, engine, rule, drafter, controller, adapter, policy, clock, costs, runtime)
 
     def _build(self, kind: str, choice: Choice, parts: plugins.Parts) -> Any:

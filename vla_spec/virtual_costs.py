@@ -5,6 +5,7 @@ A cost is a distribution, given by quantiles, that is drawn from with a seeded g
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Protocol, final
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from vla_spec.clock import VirtualClock
 from vla_spec.errors import BadConfig
-from vla_spec.interfaces import ChunkHistory, Drafter, Engine, EngineInfo, ScoreObserver
-from vla_spec.types import Draft, EngineInputs, Int32, Plan, Scores
+from vla_spec.interfaces import ActionTokenizer, Adapter, ChunkHistory, Drafter, Engine, EngineInfo, ScoreObserver
+from vla_spec.types import Draft, EngineInputs, Float32, Int32, Observation, Plan, Scores, TokenDomain
 
 #: Nanoseconds: one number, or ``{quantile in 0..1: ns}``.
 Cost = int | float | Mapping[float, float]
@@ -36,9 +37,13 @@ class CostDistribution:
         if self._q[0] < 0 or self._q[-1] > 1:
             raise BadConfig(f"cost has quantiles {self._q.tolist()}; valid: 0..1")
 
+    def at(self, level: float) -> float:
+        """The cost at one level in [0, 1] [ns]."""
+        return float(np.interp(level, self._q, self._ns))
+
     def draw_ns(self, rng: np.random.Generator) -> int:
         """One cost [ns]."""
-        return int(np.interp(rng.random(), self._q, self._ns))
+        return int(self.at(rng.random()))
 
 
 class Charges(Protocol):
@@ -56,7 +61,10 @@ class Charges(Protocol):
 
 @final
 class CostTable:
-    """Costs of a prefill, of steps and of drafts by their size; sizes between the measured ones cost the larger's.
+    """Costs of a prefill, of steps and of drafts by their size.
+
+    Sizes between the measured ones are interpolated at one level, as `vla_spec.costs.Costs` predicts them; sizes
+    outside cost as much as the nearest.
 
     Args:
         prefill: cost of one prefill.
@@ -75,19 +83,24 @@ class CostTable:
 
     def step_ns(self, num_tokens: int, rng: np.random.Generator) -> int:
         """Cost of a step of so many tokens."""
-        return _at(self._step, num_tokens, rng)
+        return _draw_at(self._step, num_tokens, rng)
 
     def draft_ns(self, num_tokens: int, rng: np.random.Generator) -> int:
         """Cost of asking for so many tokens."""
-        return _at(self._draft, num_tokens, rng)
+        return _draw_at(self._draft, num_tokens, rng)
 
 
-def _at(costs: Mapping[int, CostDistribution], size: int, rng: np.random.Generator) -> int:
+def _draw_at(costs: Mapping[int, CostDistribution], size: int, rng: np.random.Generator) -> int:
     if not costs:
         return 0
+    level = rng.random()
     sizes: Sequence[int] = list(costs)
-    fits = [k for k in sizes if k >= size]
-    return costs[fits[0] if fits else sizes[-1]].draw_ns(rng)
+    above = bisect_left(sizes, size)
+    if above == len(sizes) or sizes[above] == size or above == 0:
+        return int(costs[sizes[min(above, len(sizes) - 1)]].at(level))
+    low, high = sizes[above - 1], sizes[above]
+    share = (size - low) / (high - low)
+    return int((1 - share) * costs[low].at(level) + share * costs[high].at(level))
 
 
 @final
@@ -156,3 +169,43 @@ class ChargedDrafter:
         """Pass on what the target said, if the wrapped drafter wants to know. Free of charge."""
         if self._observe is not None:
             self._observe(draft, scores)
+
+
+@final
+class ChargedAdapter:
+    """An adapter whose work lets time pass on a virtual clock.
+
+    Args:
+        adapter: does the work.
+        encode, decode: what one call costs; `vla_spec.costs.Costs` has them as quantiles, empty = free.
+        clock: is moved.
+        rng: draws the costs.
+    """
+
+    def __init__(
+        self, adapter: Adapter, encode: Cost, decode: Cost, clock: VirtualClock, rng: np.random.Generator
+    ) -> None:
+        self.adapter, self._clock, self._rng = adapter, clock, rng
+        self._encode, self._decode = CostDistribution(encode or 0), CostDistribution(decode or 0)
+
+    @property
+    def domain(self) -> TokenDomain:
+        """The wrapped adapter's."""
+        return self.adapter.domain
+
+    @property
+    def tokenizer(self) -> ActionTokenizer:
+        """The wrapped adapter's."""
+        return self.adapter.tokenizer
+
+    def encode(self, observation: Observation) -> EngineInputs:
+        """Encode, and charge for it."""
+        inputs = self.adapter.encode(observation)
+        self._clock.advance(self._encode.draw_ns(self._rng))
+        return inputs
+
+    def decode(self, tokens: Int32) -> Float32:
+        """Decode, and charge for a whole chunk, however few tokens there are."""
+        actions = self.adapter.decode(tokens)
+        self._clock.advance(self._decode.draw_ns(self._rng))
+        return actions
