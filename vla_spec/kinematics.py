@@ -67,7 +67,13 @@ class PlayedSteps:
     def __init__(self, motion: Motion, tokens_per_step: int, window: int) -> None:
         self._motion, self._per_step = motion, tokens_per_step
         self._window: deque[Floats] = deque(maxlen=window)
-        self._forget()
+        self._tokens: Int32 | None = None  # of the newest chunk
+        self._increments: Floats = np.zeros((0, motion.num_dofs))
+        self._rest: Floats | None = None  # its increments behind the newest observation
+        self._done = 0  # steps of it that were played
+        #: Steps since the motion began; and how far the last two plans differ where they overlap, None = unknown.
+        self.num_steps = 0
+        self.revision: float | None = None
 
     def update(self, history: ChunkHistory | None) -> None:
         """A new chunk begins."""
@@ -89,27 +95,24 @@ class PlayedSteps:
     @property
     def increments(self) -> Floats:
         """float64 [<= window, M], oldest first."""
-        return np.stack(self._window) if self._window else np.zeros((0, self._motion.num_dofs))
+        return np.array(self._window, np.float64).reshape(-1, self._motion.num_dofs)
 
     @property
     def planned(self) -> Floats:
         """float64 [h, M]: what the newest chunk planned from now on; its last step if nothing is left of it."""
-        return self._increments[self._done :] if self._done < len(self._increments) else self._increments[-1:]
+        first = min(self._done, max(len(self._increments) - 1, 0))
+        return np.asarray(self._increments[first:], np.float64)
 
     def _forget(self) -> None:
         self._window.clear()
-        self._tokens: Int32 | None = None  # of the newest chunk
-        self._increments: Floats = np.zeros((0, self._motion.num_dofs))
-        self._rest: Floats | None = None  # its increments behind the newest observation
-        self._done = 0  # steps of it that were played
-        #: Steps since the motion began; and how far the last two plans differ where they overlap, None = unknown.
-        self.num_steps = 0
-        self.revision: float | None = None
+        self._tokens = self._rest = self.revision = None
+        self._increments = np.zeros((0, self._motion.num_dofs))
+        self._done = self.num_steps = 0
 
 
 def speeds(increments: Floats) -> Floats:
     """float64 [h]: length of each increment, per control step."""
-    return np.sqrt((increments * increments).sum(axis=1))
+    return np.asarray(np.sqrt((increments * increments).sum(axis=1)), np.float64)
 
 
 def path_length(increments: Floats) -> float:

@@ -71,11 +71,11 @@ class KalmanDrafter:
     def __init__(
         self, options: Options, domain: TokenDomain, tokenizer: ActionTokenizer, base: Drafter | None = None
     ) -> None:
-        self._options, self._tokenizer, self._base = options, tokenizer, base
+        self._options, self._tokenizer = options, tokenizer
         self._per_step, self._num_tokens = domain.tokens_per_step, domain.num_tokens
         self._is_switch: list[bool] = domain.never_relaxed[: domain.tokens_per_step].tolist()
         self._gains = _gains(options)
-        self._observe = base.observe if isinstance(base, ScoreObserver) else None
+        self._base: Drafter | None = base
         self._before = EMPTY_DRAFT.tokens  # played before this chunk, whole steps
 
     def begin(self, inputs: EngineInputs, history: ChunkHistory | None) -> None:
@@ -114,8 +114,9 @@ class KalmanDrafter:
 
     def observe(self, draft: Draft, scores: Scores) -> None:
         """For the base, if it learns from scores."""
-        if self._observe is not None:
-            self._observe(draft, scores)
+        base: object = self._base
+        if isinstance(base, ScoreObserver):
+            base.observe(draft, scores)
 
     def _forecast(self, prefix: Int32, length: int) -> Int32:
         """The next ``length`` tokens behind ``prefix``, int32; fewer at the chunk's end or without any motion seen."""
