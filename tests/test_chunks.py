@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla_spec.action_space import ActionSpace, DofKind
@@ -46,15 +46,17 @@ def test_action_i_belongs_to_control_step_observation_step_plus_i():
 
 def test_a_late_chunk_is_used_for_its_actions_that_still_lie_ahead():
     b = buffer()
+    b.put(chunk(0))
     for step in range(3):
         b.command(step)
-    assert b.put(chunk(1))  # steps 1 and 2 are over
+    assert b.put(chunk(1, chunk_id=1))  # steps 1 and 2 are over
     command = b.command(3)
     assert (motion(command), command.row, command.provenance) == (0.03, 2, Provenance.EXACT)
 
 
 def test_a_chunk_of_the_past_is_refused_and_counted():
     b = buffer()
+    b.put(chunk(0, rows=8))
     for step in range(5):
         b.command(step)
     assert not b.put(chunk(1))
@@ -162,32 +164,52 @@ def test_velocities_go_on_during_a_hold_and_are_brought_to_zero_by_the_stop():
     assert b.command(7).action[1] == 1
 
 
-def test_a_stop_chunk_stops_at_once_and_forgets_the_plans_before_it():
-    b = buffer()
+def test_a_stop_chunk_decelerates_from_what_is_played_and_forgets_the_plans_before_it():
+    b = ChunkBuffer(ActionSpace.from_limits(LOW, HIGH, switches=[1], stop_steps=4), 2)
     b.put(chunk(0, rows=8, value=0.4))
     b.command(0)
     b.put(chunk(1, rows=2, chunk_id=1, provenance=Provenance.HOLD, rung=Rung.STOP))
     commands = [b.command(s) for s in range(1, 5)]
-    assert all(motion(c) == 0 for c in commands)
+    assert [motion(c) for c in commands] == pytest.approx([0.3, 0.2, 0, 0])  # then it holds: the plan has two rows
     assert b.rung_counts[Rung.STOP] == 2
     b.put(chunk(5, chunk_id=2, value=0.3))
     assert motion(b.command(5)) == pytest.approx(0.3)
     assert b.holds_in_a_row == 0
 
 
-def test_a_chunk_seen_while_holding_can_be_played_from_its_first_action():
-    b = buffer(is_shifted_by_holds=True)
+def test_holds_consume_nothing_so_a_chunk_is_entered_where_the_arm_is():
+    b = buffer()
     b.put(chunk(0, rows=2))
     for step in range(8):
         b.command(step)  # holds from step 2 on
-    assert not b.put(chunk(1, rows=4))  # seen in motion
-    assert b.put(chunk(2, rows=4, chunk_id=1))
-    commands = [b.command(s) for s in range(8, 12)]
-    assert [c.row for c in commands] == [0, 1, 2, 3]
-    assert (b.num_shifted, b.num_stale) == (1, 1)
-    velocities = ActionSpace.from_limits(LOW, HIGH, kind=DofKind.VELOCITY)
-    with pytest.raises(BadConfig, match="go on during a hold"):
-        ChunkBuffer(velocities, 2, ChunkOptions(is_shifted_by_holds=True))
+    assert b.consumed_since(1) == 1
+    assert b.put(chunk(1, rows=4, chunk_id=1))  # seen before the last action: that one is consumed
+    commands = [b.command(s) for s in range(8, 11)]
+    assert [c.row for c in commands] == [1, 2, 3]
+    for step in range(11, 16):
+        b.command(step)
+    assert b.put(chunk(13, rows=4, chunk_id=2))  # seen while it stood
+    assert b.command(16).row == 0
+    assert (b.num_shifted, b.num_stale) == (2, 0)
+
+
+def test_a_world_that_moves_by_itself_waits_for_nobody():
+    b = buffer(is_shifted_by_holds=False)
+    for step in range(5):
+        b.command(step)
+    assert not b.put(chunk(1))
+    assert b.put(chunk(2))
+    assert b.command(5).row == 3
+    assert b.num_shifted == 0
+
+
+def test_velocities_go_on_during_a_hold_so_their_steps_count():
+    b = ChunkBuffer(ActionSpace.from_limits(LOW, HIGH, switches=[1], kind=DofKind.VELOCITY), 2)
+    b.put(chunk(0, rows=1, value=0.8))
+    for step in range(4):
+        b.command(step)
+    b.put(chunk(1, chunk_id=1))
+    assert b.command(4).row == 3
 
 
 def test_another_instruction_leaves_no_remainder_and_no_history_of_the_old_one():
@@ -241,16 +263,18 @@ OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.integers(0, 12), st.integers(1, 8)),  # age of its observation, rows
         st.tuples(st.just("freeze"), st.integers(0, 6), st.just(0)),
-        st.tuples(st.just("play"), st.integers(0, 3), st.just(0)),  # steps that are skipped
+        *[st.tuples(st.just("play"), st.integers(0, 2), st.just(0))] * 2,  # steps that are skipped
     ),
+    min_size=10,
     max_size=60,
 )
 
 
+@settings(max_examples=200)
 @given(OPERATIONS, st.sampled_from(list(HandOver)))
 def test_it_always_answers_never_with_an_action_of_the_past_and_time_goes_on(operations, hand_over):
     """Whatever arrives in whatever order: the command of step s was meant for step s."""
-    b = buffer(hand_over=hand_over)
+    b = buffer(hand_over=hand_over, is_shifted_by_holds=False)
     by_id, step, last_planned = {}, 0, -1
     for kind, number, rows in operations:
         if kind == "put":
@@ -271,6 +295,36 @@ def test_it_always_answers_never_with_an_action_of_the_past_and_time_goes_on(ope
                 last_planned = meant_for
             step += 1
     assert sum(b.counts.values()) == sum(b.rung_counts.values())
+    assert sum(b.gap_counts.values()) == b.counts[Provenance.HOLD]
+
+
+@settings(max_examples=200)
+@given(OPERATIONS, st.sampled_from(list(HandOver)))
+def test_the_arm_is_never_sent_ahead_of_where_it_is(operations, hand_over):
+    """Position commands, the pose being the number of actions consumed: each command is the next pose, or a hold.
+
+    A plan says: from the pose that was observed, one further with every action. Observations arrive late and in any
+    order; the arm starves in between.
+    """
+    positions = ActionSpace.from_limits(np.full(2, -1000), np.full(2, 1000), kind=DofKind.POSITION)
+    b = ChunkBuffer(positions, 2, ChunkOptions(hand_over=hand_over, max_holds=3))
+    pose, step, pose_at = 0, 0, {}
+    for kind, number, rows in operations:
+        pose_at[step] = pose
+        if kind == "put":
+            seen = max(0, step - number)
+            actions = np.repeat(pose_at[seen] + 1 + np.arange(rows, dtype=np.float32)[:, None], 2, 1)
+            b.put(chunk(seen, rows, chunk_id=step, actions=actions))
+        elif kind == "freeze":
+            b.freeze(step, number)
+        else:
+            command = b.command(step)
+            if command.provenance is Provenance.HOLD:
+                assert command.action[0] == pose
+            else:
+                pose += 1
+                assert command.action[0] == pytest.approx(pose)
+            step += 1
 
 
 @given(st.floats(0.1, 1), st.lists(st.lists(st.floats(-5, 5), min_size=2, max_size=2), min_size=1, max_size=9))

@@ -78,7 +78,8 @@ def test_a_plan_comes_into_use_when_its_time_has_passed():
 
 def test_the_arm_plays_on_and_then_holds_when_the_planner_is_late():
     """110 ms a plan are 9 steps; a chunk has 8."""
-    result = episode(prefill_ms=98, step_ms=3, max_steps=24, controller=Never(), budget_ns=60 * MS)
+    chunks = ChunkOptions(is_shifted_by_holds=False)  # the world does not wait: steps count even if the arm stands
+    result = episode(prefill_ms=98, step_ms=3, max_steps=24, controller=Never(), budget_ns=60 * MS, chunks=chunks)
     assert result.delay_steps.tolist() == [0, 9, 9]
     # Chunk 1 is of step 4 and comes at step 13, too late for its 8 steps; the next one is asked for at once.
     assert result.num_misses == len(result.plans) == 4  # the last one is still under way
@@ -88,11 +89,10 @@ def test_the_arm_plays_on_and_then_holds_when_the_planner_is_late():
 
 
 def test_a_planner_slower_than_a_chunk_can_stop_and_go():
-    chunks = ChunkOptions(is_shifted_by_holds=True)
-    result = episode(prefill_ms=98, step_ms=3, max_steps=30, controller=Never(), chunks=chunks)
+    result = episode(prefill_ms=98, step_ms=3, max_steps=30, controller=Never())
     assert result.delay_steps.tolist() == [0, 9, 9]
-    # Chunk 1 was seen at step 4, in motion: refused. Chunk 2 was seen at step 13, at rest: played from step 22 on.
-    assert result.chunk_ids.tolist() == [0] * 8 + [-1] * 14 + [2] * 8
+    # Chunk 1 was seen at step 4; four actions and five holds later it is entered at its fifth action, and so on.
+    assert result.chunk_ids.tolist() == [0] * 8 + [-1] * 5 + [1] * 4 + [-1] * 5 + [2] * 4 + [-1] * 4
 
 
 class Never(FakeController):
@@ -107,7 +107,8 @@ class Never(FakeController):
 
 def test_a_late_chunk_serves_with_its_remaining_steps():
     """72 ms a plan: 6 steps, so that of each chunk two steps are left."""
-    result = episode(prefill_ms=60, step_ms=3, controller=Never(), max_steps=20)
+    chunks = ChunkOptions(is_shifted_by_holds=False)
+    result = episode(prefill_ms=60, step_ms=3, controller=Never(), max_steps=20, chunks=chunks)
     assert result.delay_steps.tolist()[:3] == [0, 6, 6]
     assert result.chunk_ids.tolist()[:12] == [0] * 8 + [-1] * 2 + [1] * 2
     assert result.num_misses >= 2
@@ -357,10 +358,12 @@ def test_actor_and_planner_are_step_functions():
     assert (chunk.observation_step, chunk.ready_ns) == (0, 41)
     assert actor.tick(40).provenance is Provenance.HOLD  # not ready yet
     command = actor.tick(41)
-    assert (command.provenance, command.row, actor.delays) == (Provenance.EXACT, 2, [2])
-    assert not actor.look(50)
-    actor.tick(60)
-    assert actor.look(70)  # four steps of the chunk lie behind
+    # Two steps went by, in which nothing was consumed: the chunk is entered where the arm is.
+    assert (command.provenance, command.row, actor.delays) == (Provenance.EXACT, 0, [2])
+    for now_ns in (50, 60, 70):
+        assert not actor.look(now_ns)
+        actor.tick(now_ns)
+    assert actor.look(80)  # four actions of the chunk lie behind
 
 
 def test_a_planner_answers_no_observation_of_the_future():

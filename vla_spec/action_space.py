@@ -1,4 +1,10 @@
-"""What the numbers of one action mean for motion: limits, how to hold, how to stop, how to bound a guess."""
+"""What the numbers of one action mean for motion: limits, how to hold, how to stop, how to bound a guess.
+
+DELTA: hold is 0; a decelerating stop shrinks the increment that was sent last linearly to 0.
+POSITION: hold is the last one again; a stop goes on in its direction by increments that shrink linearly to 0.
+VELOCITY: hold is the last one again; a stop shrinks it linearly to 0.
+SWITCH: the last one again, always.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,7 @@ class ActionSpace:
         max_change: float32 [A], largest change from one control step to the next that an *unverified* action may
             make. Too small: a guessed tail lags behind the plan; too large: it may jerk.
         rest: float32 [A], what a hold sends for POSITION and SWITCH before anything was sent.
-        stop_steps: control steps over which a VELOCITY is brought to zero.
+        stop_steps: control steps over which the decelerating stop brings motion to zero.
     """
 
     low: Float32
@@ -101,14 +107,27 @@ class ActionSpace:
             return self.rest.copy()
         return np.where(self.mask(DofKind.DELTA), self.clip(np.zeros_like(last)), last).astype(np.float32)
 
-    def stop(self, last: Float32 | None, num_steps: int) -> Float32:
-        """The decelerating stop, ``num_steps`` >= 0 steps after it began; float32 [A].
+    def stop(self, last: Float32 | None, num_steps: int, before: Float32 | None = None) -> Float32:
+        """The decelerating stop, ``num_steps`` >= 0 steps after it began; float32 [A], within the limits.
 
-        VELOCITY falls linearly from ``last`` to zero within `stop_steps`; everything else is as in `hold`.
+        Speed falls linearly to zero within `stop_steps`. An arm that held before it stops stands still at once: its
+        last increment is zero. SWITCH is as in `hold`.
+
+        Args:
+            last: float32 [A], the command before the stop began; None = nothing was sent yet.
+            num_steps: since the stop began.
+            before: float32 [A], the command before ``last``: their difference, `max_change` at most, is how fast a
+                POSITION moves. None = it stands.
         """
-        held = self.hold(last)
-        left = max(0.0, 1.0 - (num_steps + 1) / self.stop_steps)
-        return np.where(self.mask(DofKind.VELOCITY), held * np.float32(left), held).astype(np.float32)
+        if last is None:
+            return self.hold(None)
+        k, n = min(num_steps + 1, self.stop_steps), self.stop_steps
+        left = np.float32(1.0 - k / n)
+        travelled = np.float32(k - k * (k + 1) / (2 * n))  # sum of the speeds so far, in units of the first
+        motion = np.zeros_like(last) if before is None else np.clip(last - before, -self.max_change, self.max_change)
+        stopped = np.where(self.mask(DofKind.DELTA, DofKind.VELOCITY), last * left, last)
+        stopped = np.where(self.mask(DofKind.POSITION), last + motion * travelled, stopped)
+        return self.clip(stopped)
 
     def bound(self, rows: Float32, before: Float32 | None, slowdown: float = 1.0) -> Float32:
         """Make unverified actions harmless: slower and slower, no jumps, inside the limits, no switching.

@@ -1,15 +1,15 @@
 """Which action is due at control step s; hand-over from old chunk to new; and what to send when there is none.
 
 Action i of a chunk belongs to control step ``observation_step + i``. The delay of a plan is therefore the number of
-steps that were really consumed meanwhile, not an estimate in seconds, and an action whose step has passed can't be
-played. Not thread-safe: owned by the actor.
+actions that were really consumed meanwhile, not an estimate in seconds: steps in which the arm stood still for want of
+a plan consumed none and shift what comes behind them. Not thread-safe: owned by the actor.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import final
 
 import numpy as np
@@ -35,13 +35,27 @@ class HandOver(Enum):
     TEMPORAL_ENSEMBLE: each step is the weighted mean of all chunks that cover it, weights ``exp(-m * i)`` with i = 0
         the oldest (Zhao et al. 2023, arXiv:2304.13705, section IV-B). Smooth, but the mean of two different plans can
         be neither of them.
-    FROZEN_PREFIX: the actions that will be executed while inference runs are fixed when it starts, and the new chunk
-        takes over behind them (the alignment of real-time chunking, Black et al. 2025, arXiv:2506.07339).
+    FROZEN_PREFIX: the actions that will be executed while inference runs are fixed when it starts, the new chunk is
+        made to begin with them, and takes over behind them. No jump, since the new plan continues the old one; reacts
+        later by the steps that are frozen (real-time chunking, Black et al. 2025, arXiv:2506.07339, which guides a
+        flow policy; with autoregressive tokens the beginning is exact).
     """
 
     REPLACE = "replace"
     TEMPORAL_ENSEMBLE = "temporal_ensemble"
     FROZEN_PREFIX = "frozen_prefix"
+
+
+class Gap(IntEnum):
+    """Why a command has no plan behind it."""
+
+    STARTING = 0  # no chunk came yet
+    RAN_OUT = 1  # all chunks are used up, and the next one is not there
+    PLANNED = 2  # the plan itself says hold, or stop
+
+
+#: Separate runs of holds that are remembered; more of them than control steps in a chunk are of no use.
+MAX_HOLD_RUNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +68,18 @@ class ChunkOptions:
         max_chunks: chunks that are kept, at least 1.
         max_holds: holds in a row before the decelerating stop. Small: stops at each hiccup; large: a robot without a
             plan stands on its last command for that long.
-        is_shifted_by_holds: a chunk during whose planning the robot did nothing but hold is played from its first
-            action on: no action was consumed meanwhile and the arm is where it was seen. A planner that is slower
-            than a chunk is long then makes the robot stop and go; otherwise nothing of its chunks is ever in time.
-            Wrong where the world moves by itself.
+        is_shifted_by_holds: a chunk is played from the first action that was not consumed: steps since its observation
+            in which the robot held do not count, since the arm did not move on. A planner that is slower than a chunk
+            is long then makes the robot stop and go. False = steps count whatever happened in them, for a world that
+            moves by itself: after a stall the chunk is entered ahead of the arm's pose. Without effect on a robot
+            with velocities, which go on during a hold.
     """
 
     hand_over: HandOver = HandOver.REPLACE
     ensemble_decay: float = 0.01
     max_chunks: int = 4
     max_holds: int = 8
-    is_shifted_by_holds: bool = False
+    is_shifted_by_holds: bool = True
 
     def __post_init__(self) -> None:
         if self.ensemble_decay < 0 or self.max_chunks < 1 or self.max_holds < 0:
@@ -90,8 +105,7 @@ class ChunkBuffer:
     def __init__(self, space: ActionSpace, tokens_per_step: int, options: ChunkOptions | None = None) -> None:
         self.space, self.tokens_per_step = space, tokens_per_step
         self.options = options or ChunkOptions()
-        if self.options.is_shifted_by_holds and DofKind.VELOCITY in space.kinds:
-            raise BadConfig("chunks.is_shifted_by_holds is True; valid: False, velocities go on during a hold")
+        self._is_shifted = self.options.is_shifted_by_holds and DofKind.VELOCITY not in space.kinds
         self._switches = space.mask(DofKind.SWITCH)
         self._chunks: deque[ActionChunk] = deque(maxlen=self.options.max_chunks)  # by observation step, oldest first
         #: Counters since construction. Chunks: accepted, refused because no action of theirs lies ahead, refused
@@ -100,6 +114,7 @@ class ChunkBuffer:
         self.num_accepted = self.num_stale = self.num_out_of_order = self.num_shifted = 0
         self._commands_by_provenance = np.zeros(len(Provenance), np.int64)
         self._commands_by_rung = np.zeros(len(Rung), np.int64)
+        self._commands_by_gap = np.zeros(len(Gap), np.int64)
         self.reset()
 
     def reset(self, now_ns: int | None = None) -> None:
@@ -108,8 +123,11 @@ class ChunkBuffer:
         self._source: ActionChunk | None = None  # newest chunk that has tokens
         self._next_step = 0  # every step before it has been played
         self._last: Float32 | None = None
+        self._before_last: Float32 | None = None
         self._holds_in_a_row = self._stop_steps = 0
+        self._held: deque[tuple[int, int]] = deque(maxlen=MAX_HOLD_RUNS)  # runs of holds: first step, first behind
         self._stop_from: Float32 | None = None
+        self._stop_before: Float32 | None = None
         self._frozen: list[tuple[int, ActionChunk]] = []  # (first step behind it, chunk), ascending
         self._epoch_ns = now_ns
 
@@ -138,6 +156,18 @@ class ChunkBuffer:
         """Commands by rung of the ladder. Window: since construction, all episodes."""
         return {rung: int(self._commands_by_rung[rung]) for rung in Rung}
 
+    @property
+    def gap_counts(self) -> dict[Gap, int]:
+        """Commands without a plan by the reason. Window: since construction, all episodes."""
+        return {gap: int(self._commands_by_gap[gap]) for gap in Gap}
+
+    def consumed_since(self, step: int) -> int:
+        """Actions that were played from control step ``step`` on; holds of an arm that stood still are none."""
+        num_held = 0
+        if self._is_shifted:
+            num_held = sum(max(0, end - max(first, step)) for first, end in self._held)
+        return max(0, self._next_step - step) - num_held
+
     def steps_left(self, step: int) -> int:
         """Actions from ``step`` on that the newest chunk still has; 0 without a chunk."""
         chunk = self.newest
@@ -152,9 +182,9 @@ class ChunkBuffer:
         if newest is not None and chunk.observation_step < newest.observation_step:
             self.num_out_of_order += 1
             return False
-        num_steps = self._next_step - chunk.observation_step  # that were played since its observation
-        if self.options.is_shifted_by_holds and 0 < num_steps <= self._holds_in_a_row:
-            chunk = replace(chunk, observation_step=self._next_step)
+        num_held = self._next_step - chunk.observation_step - self.consumed_since(chunk.observation_step)
+        if num_held > 0:
+            chunk = replace(chunk, observation_step=chunk.observation_step + num_held)
             self.num_shifted += 1
         if _end(chunk) <= self._next_step:
             self.num_stale += 1
@@ -169,23 +199,40 @@ class ChunkBuffer:
         self.num_accepted += 1
         return True
 
-    def freeze(self, step: int, num_steps: int) -> None:
+    def freeze(self, step: int, num_steps: int, instruction: str | None = None) -> int:
         """Inference starts at ``step`` and is expected to last ``num_steps``: what is due until then stays.
 
         Does something in mode FROZEN_PREFIX only. A chunk that comes later than expected is aligned by its steps as
         always, so a wrong estimate costs smoothness and never correctness.
-        """
-        newest, end = self.newest, step + num_steps
-        if self.options.hand_over is HandOver.FROZEN_PREFIX and newest is not None:
-            if not self._frozen or self._frozen[-1][0] < end:
-                self._frozen.append((end, newest))
 
-    def history(self, step: int, instruction: str | None = None) -> ChunkHistory | None:
-        """The previous chunk as a source of drafts for a plan whose observation is taken at ``step``.
+        Args:
+            step: control step of the new observation.
+            num_steps: expected delay in control steps.
+            instruction: the order of the new plan; None = the same.
+
+        Returns:
+            How many actions from ``step`` on are fixed: never more than the newest chunk has left. 0 where the new
+            plan has nothing to continue: it obeys another order, or the arm holds, or stops.
+        """
+        newest = self.newest
+        if self.options.hand_over is not HandOver.FROZEN_PREFIX or newest is None or newest is not self._source:
+            return 0
+        if self._holds_in_a_row or newest.rung >= Rung.HOLD or instruction not in (None, newest.instruction):
+            return 0
+        fixed = min(num_steps, self.steps_left(step))
+        if fixed <= 0:
+            return 0
+        if not self._frozen or self._frozen[-1][0] < step + fixed:
+            self._frozen.append((step + fixed, newest))
+        return fixed
+
+    def history(self, step: int, instruction: str | None = None, num_frozen: int = 0) -> ChunkHistory | None:
+        """The previous chunk as it concerns a plan whose observation is taken at ``step``.
 
         Args:
             step: control step of the new observation.
             instruction: the order of the new plan; a chunk that obeys another one is no history. None = any.
+            num_frozen: what `freeze` returned for the same plan.
 
         Returns:
             The newest chunk's tokens and how many of them lie before ``step`` (all, if it is used up); None if no
@@ -195,7 +242,8 @@ class ChunkBuffer:
         if chunk is None or (instruction is not None and chunk.instruction != instruction):
             return None
         consumed = max(0, step - chunk.observation_step) * self.tokens_per_step
-        return ChunkHistory(chunk.tokens, min(consumed, len(chunk.tokens)))
+        consumed = min(consumed, len(chunk.tokens))
+        return ChunkHistory(chunk.tokens, consumed, num_frozen * self.tokens_per_step, chunk.actions)
 
     def command(self, step: int) -> Command:
         """What to send at control step ``step``. Never None, never an action of the past.
@@ -210,10 +258,10 @@ class ChunkBuffer:
             command = self._without_plan(command)
         else:
             self._holds_in_a_row = self._stop_steps = 0
-            self._stop_from = None
+            self._stop_from = self._stop_before = None
             self._commands_by_rung[RUNG_OF_PROVENANCE[command.provenance]] += 1
         self._commands_by_provenance[command.provenance] += 1
-        self._last = command.action.copy()
+        self._before_last, self._last = self._last, command.action.copy()
         return command
 
     def _planned(self, step: int) -> Command | None:
@@ -257,15 +305,21 @@ class ChunkBuffer:
 
     def _without_plan(self, planned: Command | None) -> Command:
         """Hold, or the next step of the decelerating stop."""
+        step, newest = self._next_step - 1, self.newest
         self._holds_in_a_row += 1
-        newest = self.newest
+        if self._held and self._held[-1][1] == step:
+            self._held[-1] = (self._held[-1][0], step + 1)
+        else:
+            self._held.append((step, step + 1))
+        gap = Gap.PLANNED if planned is not None else Gap.STARTING if newest is None else Gap.RAN_OUT
+        self._commands_by_gap[gap] += 1
         is_stop = self._holds_in_a_row > self.options.max_holds or (
             planned is not None and newest is not None and newest.rung is Rung.STOP
         )
         if is_stop:
             if self._stop_steps == 0:
-                self._stop_from = self._last
-            action = self.space.stop(self._stop_from, self._stop_steps)
+                self._stop_from, self._stop_before = self._last, self._before_last
+            action = self.space.stop(self._stop_from, self._stop_steps, self._stop_before)
             self._stop_steps += 1
         else:
             action = self.space.hold(self._last)

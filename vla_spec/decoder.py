@@ -1,6 +1,7 @@
 """THE loop: draft, verify, judge, commit, until the chunk is whole or time is up. Start reading here.
 
-Source: Leviathan et al. 2023, arXiv:2211.17192 (draft and verify); Miao et al. 2023, arXiv:2305.09781 (token trees).
+Source: Leviathan et al. 2023, arXiv:2211.17192 (draft and verify); Miao et al. 2023, arXiv:2305.09781 (token trees);
+Black et al. 2025, arXiv:2506.07339 (a chunk begins with what is played meanwhile; exact with autoregressive tokens).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vla_spec.types import (
     Int32,
     Provenance,
     Round,
+    Scores,
     StopReason,
     Verdict,
 )
@@ -64,20 +66,31 @@ class SpeculativeDecoder:
         self._drafter = drafter
         self._observe = drafter.observe if isinstance(drafter, ScoreObserver) else None
 
-    def decode(self, inputs: EngineInputs, deadline_ns: int, history: ChunkHistory | None = None) -> Decoded:
+    def decode(
+        self,
+        inputs: EngineInputs,
+        deadline_ns: int,
+        history: ChunkHistory | None = None,
+        forced: Int32 | None = None,
+    ) -> Decoded:
         """Decode until the chunk is whole or the controller stops.
 
         Args:
             inputs: what the adapter made of the observation.
             deadline_ns: on the clock that was given to the constructor.
             history: the previous chunk, for drafters that start from it.
+            forced: int32 [n], n < T, how the chunk begins whatever the target thinks of it; None or empty = freely.
+                These tokens are not judged: their provenance is TAIL and their deviation 0. What follows them is
+                the target's choice given them, and labelled as ever.
 
         Returns:
-            At least one token unless the very first scores were not finite, or there was no time for them.
+            The forced tokens, if any, and at least one more, unless the first scores were not finite or there was no
+            time for them.
         """
         engine, controller, now_ns = self.engine, self.controller, self._now_ns
         rounds: list[Round] = []
         tokens, m, tolerance, draft = self._tokens, 0, 1.0, EMPTY_DRAFT
+        is_uncommitted, num_forced = False, 0
 
         start = now_ns()
         if not controller.begin(deadline_ns - start, history):
@@ -86,6 +99,16 @@ class SpeculativeDecoder:
         drafted = now_ns()
         scores = engine.prefill(inputs)
         scored = now_ns()
+        if forced is not None and len(forced):
+            if not _is_finite(scores.logits):
+                return self._result(0, rounds, StopReason.BAD_SCORES)
+            rounds.append(Round(0, 0, 0, drafted - start, scored - drafted, 0, 0, scored - start, start))
+            controller.record(rounds[-1])
+            start = drafted = now_ns()
+            if controller.plan(deadline_ns - start, self.num_tokens - len(forced)) is None:
+                return self._result(0, rounds, StopReason.DEADLINE)
+            scores, m = self._force(forced), len(forced)
+            num_forced, scored = m, now_ns()
         while True:
             if not _is_finite(scores.logits):
                 return self._result(m, rounds, StopReason.BAD_SCORES)
@@ -93,16 +116,19 @@ class SpeculativeDecoder:
             judged = now_ns()
             if self._observe is not None:
                 self._observe(draft, scores)
-            if m:
+            if is_uncommitted:
                 engine.commit(self._path_with_root(verdict.path))
             m = self._append(m, draft.tokens, verdict)
             done = now_ns()
             num_relaxed = int(np.count_nonzero(verdict.relaxed))
             rounds.append(
                 Round(len(draft.tokens), len(verdict.path), num_relaxed,
-                      drafted - start, scored - drafted, judged - scored, done - judged, done - start, start)
+                      drafted - start, scored - drafted, judged - scored, done - judged, done - start, start,
+                      num_forced)
             )  # fmt: skip
-            controller.record(rounds[-1])
+            if not num_forced:  # a round of a size that nobody planned teaches nothing
+                controller.record(rounds[-1])
+            num_forced = 0
             if m >= self.num_tokens:
                 return self._result(self.num_tokens, rounds, StopReason.COMPLETE)
 
@@ -110,6 +136,8 @@ class SpeculativeDecoder:
             plan = controller.plan(deadline_ns - start, self.num_tokens - m)
             if plan is None:
                 return self._result(m, rounds, StopReason.DEADLINE)
+            if plan.gamma < 0:  # LEAVE_REST
+                return self._result(m, rounds, StopReason.LEFT)
             tolerance = plan.tolerance
             # A bonus token always follows the path, so a path longer than this would be thrown away.
             room = min(plan.gamma, engine.max_step - 1), min(plan.depth, self.num_tokens - m - 1)
@@ -123,7 +151,19 @@ class SpeculativeDecoder:
             np.add(draft.parents, 1, out=self._step_parents[1:n])
             drafted = now_ns()
             scores = engine.step(self._step_tokens[:n], self._step_parents[:n])
-            scored = now_ns()
+            is_uncommitted, scored = True, now_ns()
+
+    def _force(self, forced: Int32) -> Scores:
+        """Begin the chunk with these tokens: one forward if the engine takes so many. Returns the row behind them."""
+        m, width = len(forced), self.engine.max_step
+        assert m < self.num_tokens, f"{m} tokens forced, the chunk has {self.num_tokens}"
+        self._tokens[:m], self._deviation[:m], self._provenance[:m] = forced, 0.0, Provenance.TAIL
+        for first in range(0, m, width):
+            n = min(width, m - first)
+            scores = self.engine.step(self._tokens[first : first + n], np.arange(-1, n - 1, dtype=np.int32))
+            last = scores.logits[-1:].copy()  # the commit may reuse the buffer
+            self.engine.commit(np.arange(n, dtype=np.int32))
+        return Scores(last)
 
     def _path_with_root(self, path: Int32) -> Int32:
         """Nodes of the step: the last token is node 0, drafted node i is node i + 1."""

@@ -1,4 +1,4 @@
-"""How many control steps go by between an observation and the first use of its chunk: measured, decaying."""
+"""How many actions are consumed between an observation and the first use of its chunk: measured, decaying."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from vla_spec.errors import BadConfig
 
 @final
 class DelayEstimator:
-    """A quantile of the last measured delays, in control steps that were really consumed.
+    """A quantile of the last measured delays, in actions that were really consumed.
 
-    Steps and not seconds, so that it is right when simulated time runs fast or slow; a window, so that one slow plan
-    is forgotten; the first plans are left out, because they pay for warming up.
+    Actions and not seconds, so that it is right when simulated time runs fast or slow, and so that a stall in which the
+    arm stood still counts for what the arm did: nothing. A window, so that one slow plan is forgotten; the first plans
+    are left out, because they pay for warming up.
 
     Knobs: ``quantile`` high: more steps are frozen than needed, the plan reacts late; low: hand-over jumps more often.
     ``window`` in plans. ``initial`` is the answer until something was measured.
@@ -29,7 +30,7 @@ class DelayEstimator:
         self.num_measured = 0
 
     def record(self, num_steps: int) -> None:
-        """One chunk came into use this many steps after its observation; the first ``warmup`` calls only count."""
+        """So many actions were consumed between an observation and its chunk; the first ``warmup`` calls only count."""
         self.num_measured += 1
         if self.num_measured > self._warmup:
             self._delays.append(num_steps)

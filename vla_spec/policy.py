@@ -135,24 +135,27 @@ class Policy:
         Args:
             observation: what the robot sees.
             deadline_ns: when the answer is due, on the policy's clock. Already past: no forward is spent.
-            history: tokens of the previous chunk, and how many lie before this observation.
+            history: the previous chunk, how much of it lies before this observation, and how much behind it is
+                going to be played meanwhile: the new chunk begins with that.
 
         Returns:
             1 to H actions. May be late; then ``is_late`` says so.
         """
         start_ns = self._now_ns()
         num_failures = self.guard.num_failures
-        decoded, reason, encode_ns, decode_ns = self._decode(observation, deadline_ns, history, start_ns)
+        forced = self._forced(history)
+        decoded, reason, encode_ns, decode_ns = self._decode(observation, deadline_ns, history, forced, start_ns)
         before_tail_ns = self._now_ns()
         answer: _Answer | None = None
         if decoded is not None:
             self._measure_drafter(decoded)
-            answer = self._verified(decoded, deadline_ns, history)
+            answer = self._verified(decoded, deadline_ns, history, len(forced))
         if decoded is not None and answer is None and reason is Reason.NONE:
             reason = Reason.BAD_TOKENS
         if self.guard.num_failures > num_failures and reason in (Reason.NONE, Reason.DEADLINE):
             reason = Reason.DRAFTER_ERROR
         answer = answer or self._remainder(history) or self._hold(history)
+        num_judged = 0 if decoded is None else max(0, len(decoded.tokens) - len(forced))
         rung, reason = self.ladder.settle(answer.rung, reason)
         if rung is not answer.rung:
             answer = self._hold(history)._replace(rung=rung)
@@ -185,7 +188,7 @@ class Policy:
             reason=reason,
             num_steps=len(answer.actions),
             num_tokens=len(answer.tokens),
-            num_verified=len(decoded.tokens) if decoded is not None and rung <= Rung.DRAFT_TAIL else 0,
+            num_verified=num_judged if rung <= Rung.DRAFT_TAIL else 0,
             rounds=decoded.rounds if decoded is not None else (),
         )
         self.trace.record(self.last_record)
@@ -193,7 +196,7 @@ class Policy:
         return chunk
 
     def _decode(
-        self, observation: Observation, deadline_ns: int, history: ChunkHistory | None, start_ns: int
+        self, observation: Observation, deadline_ns: int, history: ChunkHistory | None, forced: Int32, start_ns: int
     ) -> tuple[Decoded | None, Reason, int, int]:
         """Encode and decode. Returns what was decoded (None = nothing), why not all, and both durations [ns]."""
         due_ns = deadline_ns - self.options.reserve_ns
@@ -211,7 +214,7 @@ class Policy:
         if due_ns <= encoded_ns:
             return None, Reason.DEADLINE_PAST, encoded_ns - start_ns, 0
         try:
-            decoded = self.decoder.decode(inputs, due_ns, history)
+            decoded = self.decoder.decode(inputs, due_ns, history, forced)
         except Exception as error:  # a robot needs an answer whatever its engine does
             self.last_error = error
             return None, Reason.ENGINE_ERROR, encoded_ns - start_ns, self._now_ns() - encoded_ns
@@ -224,12 +227,40 @@ class Policy:
             drafting_ns = sum(measured.draft_ns for measured in decoded.rounds if measured.num_drafted)
             self._draft_ns_per_token = drafting_ns / num_drafted
 
-    def _verified(self, decoded: Decoded, deadline_ns: int, history: ChunkHistory | None) -> _Answer | None:
-        """What the target has seen, completed by a bounded tail. None: too little, or tokens that mean nothing."""
+    def _forced(self, history: ChunkHistory | None) -> Int32:
+        """Tokens of the actions that are going to be played meanwhile, int32 [whole steps, at least one less than T].
+
+        Where the arm plays a bounded action instead of what its tokens say, the tokens nearest to that action.
+        """
+        nothing: Int32 = np.empty(0, np.int32)
+        if history is None or history.num_forced <= 0 or self.ladder.is_stopped:
+            return nothing
+        per_step = self._domain.tokens_per_step
+        first = history.consumed // per_step
+        end = min(first + history.num_forced // per_step, len(history.tokens) // per_step, first + self.horizon - 1)
+        tokens = history.tokens[first * per_step : end * per_step]
+        if history.actions is None or end <= first:
+            return tokens
+        told, played = self._actions(history.tokens), history.actions[first:end]
+        if told is None or len(played) < end - first:
+            return nothing
+        if np.array_equal(told[first:end], played):
+            return tokens
+        encoded = self.adapter.tokenizer.encode(played)
+        return encoded if len(encoded) == len(tokens) else nothing
+
+    def _verified(
+        self, decoded: Decoded, deadline_ns: int, history: ChunkHistory | None, num_forced: int
+    ) -> _Answer | None:
+        """What the target has seen, completed by a bounded tail. None: too little, or tokens that mean nothing.
+
+        The ``num_forced`` tokens at its beginning are old news: they are in the answer, and the rung is about the rest.
+        """
         per_step = self._domain.tokens_per_step
         num_verified = len(decoded.tokens) // per_step
+        num_old = num_forced // per_step
         is_complete = decoded.stop is StopReason.COMPLETE
-        if not is_complete and num_verified < self.options.min_steps:
+        if not len(decoded.tokens) or (not is_complete and num_verified - num_old < self.options.min_steps):
             return None
         tokens, provenance = decoded.tokens, decoded.provenance
         wants_tail = not is_complete and self.options.max_tail_steps > 0
@@ -254,13 +285,13 @@ class Policy:
                 actions = np.concatenate((actions, rest))
                 tokens = np.concatenate((tokens, of_rest)).astype(np.int32)
                 per_row = np.concatenate((per_row, np.full(rest.shape, Provenance.TAIL, np.uint8)))
-        if len(actions) == 0:
+        if len(actions) <= num_old:
             return None
         if len(actions) > num_verified:
             before = actions[num_verified - 1] if num_verified else self._last_action(history)
             actions = actions.copy()
             actions[num_verified:] = self.space.bound(actions[num_verified:], before, self.options.tail_slowdown)
-        weakest = Provenance(int(per_row.max()))
+        weakest = Provenance(int(per_row[num_old:].max()))
         rung = {Provenance.EXACT: Rung.EXACT, Provenance.RELAXED: Rung.RELAXED}.get(weakest, Rung.DRAFT_TAIL)
         return _Answer(actions, per_row, tokens, rung)
 
@@ -279,11 +310,11 @@ class Policy:
         return draft.tokens[path[:missing]].astype(np.int32)
 
     def _remainder(self, history: ChunkHistory | None) -> _Answer | None:
-        """The previous chunk from the new observation's step on; None if nothing is left of it."""
+        """The previous chunk from the new observation's step on, as bounded as it was; None if nothing is left."""
         if history is None:
             return None
         first = history.consumed // self._domain.tokens_per_step
-        actions = self._actions(history.tokens)
+        actions = self._played(history)
         if actions is None or len(actions) <= first:
             return None
         actions = actions[first:]
@@ -299,8 +330,15 @@ class Policy:
         """The previous chunk's action for the step before this observation; None if there is none."""
         if history is None or history.consumed < self._domain.tokens_per_step:
             return None
-        actions = self._actions(history.tokens[: history.consumed])
-        return actions[-1] if actions is not None and len(actions) else None
+        actions = self._played(history)
+        if actions is None or len(actions) == 0:
+            return None
+        row: Float32 = actions[min(history.consumed // self._domain.tokens_per_step, len(actions)) - 1]
+        return row
+
+    def _played(self, history: ChunkHistory) -> Float32 | None:
+        """The previous chunk's actions as the arm plays them, float32 [h, A]; None if its tokens mean nothing."""
+        return self._actions(history.tokens) if history.actions is None else history.actions
 
     def _actions(self, tokens: Int32) -> Float32 | None:
         """Whole steps, float32 [h, A]; None if the tokens mean no finite action."""

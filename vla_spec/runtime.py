@@ -183,7 +183,7 @@ class Actor:
         budget_ns: time that a plan is given from its observation on.
         reserve_steps: also ask for a plan when the chunk has no more than so many steps left (a chunk that came late
             or short has fewer). 0 = only `execute_horizon` counts.
-        delay: expected delay of a plan in control steps, for a frozen prefix.
+        delay: how many actions are consumed while a plan is made, for a frozen prefix.
         now_ns: a clock to measure observing with; None = not measured.
         is_observing_free: the time of observing is added to the plan's deadline.
     """
@@ -205,7 +205,7 @@ class Actor:
         self._execute_horizon, self._budget_ns, self._reserve_steps = execute_horizon, budget_ns, reserve_steps
         self._now_ns, self._is_observing_free = now_ns, is_observing_free
         self.step = 0
-        #: Steps that were really played between observation and arrival, one entry per chunk that came.
+        #: Control steps between observation and arrival, holds included, one entry per chunk that came.
         self.delays: list[int] = []
         #: How long each observation took [ns].
         self.observe_ns: list[int] = []
@@ -239,8 +239,9 @@ class Actor:
         self.observe_ns.append(0 if self._now_ns is None else self._now_ns() - before_ns)
         if observation.step != self.step:
             raise BadObservation("step", str(observation.step), f"{self.step}, the control steps since the reset")
-        history = self.buffer.history(self.step, observation.instruction)
-        self.buffer.freeze(self.step, self.delay.steps(self.buffer.steps_left(self.step)))
+        expected = self.delay.steps(self.buffer.steps_left(self.step))
+        num_frozen = self.buffer.freeze(self.step, expected, observation.instruction)
+        history = self.buffer.history(self.step, observation.instruction, num_frozen)
         free_ns = self.observe_ns[-1] if self._is_observing_free else 0
         self.planner.submit(PlanRequest(observation, now_ns + free_ns + self._budget_ns, history))
         return True
@@ -256,9 +257,8 @@ class Actor:
     def _receive(self, now_ns: int) -> None:
         chunk = self.planner.poll(now_ns)
         if chunk is not None:
-            num_steps = self.step - chunk.observation_step
-            self.delays.append(num_steps)
-            self.delay.record(num_steps)
+            self.delays.append(self.step - chunk.observation_step)
+            self.delay.record(self.buffer.consumed_since(chunk.observation_step))
             self.buffer.put(chunk)
 
 
@@ -494,6 +494,8 @@ def _start(
     clock: Clock,
 ) -> tuple[Actor, _Log]:
     buffer = ChunkBuffer(policy.space, policy.adapter.domain.tokens_per_step, options.chunks)
+    # Until a delay was measured: a plan takes as long as it may.
+    initial = 0 if options.mode is Mode.LOCK_STEP else -(-budget_ns // round(_period_ns(robot) / options.time_scale))
     actor = Actor(
         robot,
         Planner(policy),
@@ -501,6 +503,7 @@ def _start(
         options.execute_horizon,
         budget_ns,
         reserve_steps,
+        DelayEstimator(initial=initial),
         now_ns=clock.now_ns,
         is_observing_free=options.is_observing_free and options.mode is Mode.REAL_TIME,
     )
