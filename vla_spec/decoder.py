@@ -87,6 +87,7 @@ class SpeculativeDecoder:
             The forced tokens, if any, and at least one more, unless the first scores were not finite or there was no
             time for them.
         """
+        assert forced is None or len(forced) < self.num_tokens, f"{len(forced)} of {self.num_tokens} tokens forced"
         engine, controller, now_ns = self.engine, self.controller, self._now_ns
         rounds: list[Round] = []
         tokens, m, tolerance, draft = self._tokens, 0, 1.0, EMPTY_DRAFT
@@ -156,7 +157,6 @@ class SpeculativeDecoder:
     def _force(self, forced: Int32) -> Scores:
         """Begin the chunk with these tokens: one forward if the engine takes so many. Returns the row behind them."""
         m, width = len(forced), self.engine.max_step
-        assert m < self.num_tokens, f"{m} tokens forced, the chunk has {self.num_tokens}"
         self._tokens[:m], self._deviation[:m], self._provenance[:m] = forced, 0.0, Provenance.TAIL
         for first in range(0, m, width):
             n = min(width, m - first)
