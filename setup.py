@@ -16,10 +16,11 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / NAME / "__init__.py").re
 CORE = ["numpy>=1.26", "pydantic>=2.6", "pyyaml>=6", "typer>=0.29", "rich>=13"]
 RUN = ["onnxruntime>=1.20", "safetensors>=0.4"]
 REPORT = ["jinja2>=3.1", "matplotlib>=3.8", "pillow>=10"]
+PROFILE = ["hdrhistogram>=0.10", "jinja2>=3.1", "matplotlib>=3.8"]
 SIM = ["metaworld==3.1.1", "packaging", "mujoco"]  # metaworld forgets to name packaging
 TORCH = ["torch==2.13.0", "safetensors>=0.4"]
 TRAIN = [*TORCH, "onnx>=1.17", "onnxruntime>=1.20"]
-TEST = [*RUN, *REPORT, *SIM, *TRAIN, "hypothesis>=6", "mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML"]
+TEST = [*RUN, *REPORT, *PROFILE, *SIM, *TRAIN, "hypothesis>=6", "mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML"]
 
 
 def share(target: str, pattern: str) -> list[tuple[str, list[str]]]:
@@ -53,6 +54,7 @@ setup(
     extras_require={
         "run": RUN,
         "report": REPORT,
+        "profile": PROFILE,
         "sim": SIM,
         "torch": TORCH,
         "train": TRAIN,

@@ -15,7 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Lock -> extras of setup.py, each on top of the one before.
-LOCKS = {"run": "run,report,sim", "train": "run,report,sim,train", "test": "run,report,sim,train,test"}
+LOCKS = {
+    "run": "run,report,profile,sim",
+    "train": "run,report,profile,sim,train",
+    "test": "run,report,profile,sim,train,test",
+}
 #: Builds the package itself without reaching for the network, see the Makefile.
 BUILD = "setuptools>=70.1"
 

@@ -32,8 +32,9 @@ CPU_FEATURES = (
 LIBRARIES = {
     "numpy": "core", "pydantic": "configuration", "pyyaml": "configuration", "typer": "command line",
     "rich": "command line", "onnxruntime": "default engine", "safetensors": "weights", "metaworld": "simulator",
-    "mujoco": "simulator", "matplotlib": "report", "jinja2": "report", "pillow": "report", "torch": "training",
-    "onnx": "export", "tensorrt": "TensorRT engine", "tensorrt-rtx": "TensorRT engine",
+    "mujoco": "simulator", "matplotlib": "report", "jinja2": "report", "pillow": "report",
+    "hdrhistogram": "profile", "torch": "training", "onnx": "export",
+    "tensorrt": "TensorRT engine", "tensorrt-rtx": "TensorRT engine",
 }  # fmt: skip
 GL_PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libosmesa6)"
 #: Draws one tiny picture in a process of its own: a broken driver may crash instead of raising.
@@ -115,6 +116,7 @@ def diagnose(model_dir: Path, draw: bool = True) -> Diagnosis:
     purposes = (
         purpose("run, bench", [*lacking("onnxruntime"), *sim], "run,sim", [(screen, GL_PACKAGES), (weights, export)]),
         purpose("report", lacking("matplotlib", "jinja2", "pillow"), "report", []),
+        purpose("profile", lacking("hdrhistogram", "jinja2", "matplotlib"), "profile", []),
         purpose("collect", sim, "sim", [(screen, GL_PACKAGES)]),
         purpose("train, distill, export", train, "train", []),
         purpose("ROS 2 nodes", [], "", [(no_ros, "source /opt/ros/<distribution>/setup.bash")]),

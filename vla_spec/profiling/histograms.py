@@ -1,0 +1,182 @@
+"""Distributions of durations that can be stored, merged and asked for any quantile.
+
+High dynamic range histograms: buckets grow with the value, so that every value from a nanosecond to ten minutes keeps
+three significant digits (a quantile is off by 0.1 % at most), in a few hundred bytes of JSON.
+
+Source: Tene, HdrHistogram, encoding V2 with compression, hdrhistogram.org; library hdrhistogram.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vla_spec.errors import BadConfig, MissingDependency
+
+#: Range and precision of every histogram; larger values are counted in the last bucket, the maximum stays exact.
+LOWEST_NS, HIGHEST_NS, SIGNIFICANT_DIGITS = 1, 600_000_000_000, 3
+#: Name -> share of the values that lie at or below it.
+QUANTILES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+FIX = "pip install 'vla_spec[profile]'"
+NS_PER_MS = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Durations or signed times of one kind. None where there are too few values to say: see `num_needed`.
+
+    Attributes:
+        n: values.
+        min_ms, max_ms, mean_ms: exact.
+        p1_ms, p10_ms, p50_ms, p90_ms, p99_ms, p999_ms: nearest rank, from the histogram.
+        hdr: values of 0 and more in ns, HdrHistogram V2, compressed, base64; empty = there are none.
+        hdr_below: magnitudes of the values below 0, the same way.
+    """
+
+    n: int
+    min_ms: float
+    max_ms: float
+    mean_ms: float
+    p1_ms: float | None
+    p10_ms: float | None
+    p50_ms: float | None
+    p90_ms: float | None
+    p99_ms: float | None
+    p999_ms: float | None
+    hdr: str
+    hdr_below: str = ""
+
+    def quantile_ms(self, q: float) -> float:
+        """The value of nearest rank, whatever the number of values [ms]."""
+        return _quantile_ns(*decode(self, "distribution"), q) / NS_PER_MS
+
+
+def num_needed(q: float) -> int:
+    """Values from which on a quantile is more than the extreme one: 1 / (1 - q), and 1 / q on the lower side."""
+    return math.ceil(1 / min(q, 1 - q) - 1e-9) if q != 0.5 else 1
+
+
+def distribution(values_ns: npt.NDArray[np.int64] | Sequence[int]) -> Distribution | None:
+    """Of any times in ns, negative ones included; None if there are none.
+
+    Raises:
+        MissingDependency: the library is not installed.
+    """
+    values = np.asarray(values_ns, np.int64)
+    if not len(values):
+        return None
+    above, below = _new(), _new()
+    for value in values.tolist():
+        (above if value >= 0 else below).record_value(min(abs(value), HIGHEST_NS))
+    return _summarised(above, below, float(values.min()), float(values.max()), float(values.mean()))
+
+
+def merged(first: Distribution | None, second: Distribution | None) -> Distribution | None:
+    """Of the values of both together."""
+    if first is None or second is None:
+        return first or second
+    above, below = decode(first, "distribution")
+    for own, other in zip((above, below), decode(second, "distribution"), strict=True):
+        own.add(other)
+    n = first.n + second.n
+    mean_ms = (first.mean_ms * first.n + second.mean_ms * second.n) / n
+    least, most = min(first.min_ms, second.min_ms), max(first.max_ms, second.max_ms)
+    return _summarised(above, below, least * NS_PER_MS, most * NS_PER_MS, mean_ms * NS_PER_MS)
+
+
+def decode(stored: Distribution, where: str) -> tuple[Any, Any]:
+    """The two histograms of a distribution: values of 0 and more, and magnitudes of those below 0.
+
+    Raises:
+        BadConfig: the text is no histogram, or not one of ``n`` values.
+    """
+    above, below = _decoded(stored.hdr, where), _decoded(stored.hdr_below, where)
+    found = above.get_total_count() + below.get_total_count()
+    if found != stored.n:
+        raise BadConfig(f"{where}: its histogram holds {found} values, it says {stored.n}; the file was changed")
+    return above, below
+
+
+def curve(stored: Distribution) -> tuple[list[float], list[float]]:
+    """Shares of the values (rising, in (0, 1]) and the values at or below which they lie [ms], one pair per bucket."""
+    above, below = decode(stored, "distribution")
+    steps = [(-ns, count) for ns, count in reversed(_buckets(below))] + _buckets(above)
+    shares = np.cumsum([count for _, count in steps]) / stored.n
+    return shares.tolist(), [ns / NS_PER_MS for ns, _ in steps]
+
+
+def _summarised(above: Any, below: Any, least_ns: float, most_ns: float, mean_ns: float) -> Distribution:
+    n = above.get_total_count() + below.get_total_count()
+
+    def at(q: float) -> float | None:
+        if n < num_needed(q):
+            return None
+        return _ms(min(max(_quantile_ns(above, below, q), least_ns), most_ns))
+
+    return Distribution(
+        n=n,
+        min_ms=_ms(least_ns),
+        max_ms=_ms(most_ns),
+        mean_ms=_ms(mean_ns),
+        **{f"{name}_ms": at(q) for name, q in QUANTILES.items()},
+        hdr=_encoded(above),
+        hdr_below=_encoded(below),
+    )
+
+
+def _quantile_ns(above: Any, below: Any, q: float) -> float:
+    """The value of rank ceil(q n); ranks below zero are counted from the largest magnitude."""
+    num_below, num_above = below.get_total_count(), above.get_total_count()
+    rank = max(1, math.ceil(q * (num_below + num_above) - 1e-9))
+    if rank <= num_below:
+        return -float(below.get_value_at_percentile(100 * (num_below - rank + 1) / num_below))
+    return float(above.get_value_at_percentile(100 * (rank - num_below) / num_above))
+
+
+def _buckets(histogram: Any) -> list[tuple[int, int]]:
+    """(largest value of the bucket, values in it), rising; empty buckets are left out."""
+    if not histogram.get_total_count():
+        return []
+    return [
+        (int(item.value_iterated_to), int(item.count_at_value_iterated_to))
+        for item in histogram.get_recorded_iterator()
+    ]
+
+
+def _new() -> Any:
+    return _library().HdrHistogram(LOWEST_NS, HIGHEST_NS, SIGNIFICANT_DIGITS)
+
+
+def _encoded(histogram: Any) -> str:
+    return histogram.encode().decode("ascii") if histogram.get_total_count() else ""
+
+
+def _decoded(text: str, where: str) -> Any:
+    if not text:
+        return _new()
+    try:
+        histogram = _library().HdrHistogram.decode(text.encode("ascii"))
+    except MissingDependency:
+        raise
+    except Exception as error:  # base64, zlib and codec each have their own
+        raise BadConfig(f"{where}: not an HdrHistogram ({type(error).__name__}); the file was changed") from error
+    own = _new()
+    own.add(histogram)
+    return own
+
+
+def _library() -> Any:
+    try:
+        from hdrh import histogram
+    except ImportError as error:
+        raise MissingDependency("hdrhistogram, which profiles need,", FIX) from error
+    return histogram
+
+
+def _ms(ns: float) -> float:
+    return round(ns / NS_PER_MS, 6)

@@ -1,0 +1,212 @@
+"""A profile in words and rows: what the terminal prints and the page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vla_spec.profiling.comparison import ProfileComparison
+from vla_spec.profiling.constraints import Check
+from vla_spec.profiling.histograms import Distribution
+from vla_spec.profiling.profile import Profile
+from vla_spec.profiling.stages import ROUND, STAGES
+from vla_spec.profiling.tracing_cost import TracingCost
+
+RANKS = ("p50", "p90", "p99", "p999")
+RANK_NAMES = ("p50", "p90", "p99", "p99.9")
+
+
+class Rows(NamedTuple):
+    """One table: a title, what it shows, headings (the first ``num_names`` are names), rows of text."""
+
+    title: str
+    about: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    num_names: int = 2
+
+
+def latency_table(profile: Profile) -> Rows:
+    """Chunk latency and misses of every mode and condition."""
+    rows = []
+    for mode, own in profile.modes.items():
+        for load, c in own.conditions.items():
+            rows.append((
+                mode, load, str(c.plans), *spread(c.chunk), f"{own.deadline_ms:g}", rate(c.miss_rate),
+                interval(c.miss_ci95), _ms(c.slack.p1_ms), _ms(c.slack.min_ms), rate(c.incomplete / c.plans),
+                "-" if c.forwards_per_chunk is None else f"{c.forwards_per_chunk:.1f}",
+            ))  # fmt: skip
+    columns = (
+        "mode", "load", "plans", *RANK_NAMES, "max ms", "deadline", "late", "95 % CI", "slack p1", "least", "cut",
+        "fwds",
+    )  # fmt: skip
+    about = (
+        "observation to chunk; late: answer after the deadline; slack: time left at the deadline [ms]; cut: not a "
+        "whole verified chunk; a dash: too few plans to tell that percentile from the slowest plan"
+    )
+    return Rows("Chunk latency", about, columns, rows)
+
+
+def stage_table(profile: Profile, condition: str) -> Rows:
+    """Every stage of every mode under one condition, per call."""
+    rows = []
+    for mode, own in profile.modes.items():
+        if condition not in own.conditions:
+            continue
+        stages = own.conditions[condition].stages
+        for stage in (*STAGES, ROUND):
+            if stage in stages:
+                rows.append((mode, stage, str(stages[stage].n), *spread(stages[stage], 3)))
+    about = "per call [ms]; round: draft to commit behind the prefill; hand_over: into the actor's buffer and out again"
+    return Rows(f"Stages, {condition}", about, ("mode", "stage", "calls", *RANK_NAMES, "max"), rows)
+
+
+def cold_table(profile: Profile) -> Rows:
+    """What a new session costs."""
+    rows = []
+    for mode, own in profile.modes.items():
+        if own.load_ms is not None and own.first_ms is not None and "cold" in own.conditions:
+            chunk_us = own.conditions["cold"].series.chunk_us
+            warm = next((c.chunk.p50_ms for load, c in own.conditions.items() if load != "cold"), None)
+            rows.append((
+                mode, _ms(own.load_ms), _ms(own.first_ms), " ".join(f"{us / 1e3:.1f}" for us in chunk_us[1:8]) or "-",
+                _ms(warm),
+            ))  # fmt: skip
+    about = "in this process, libraries loaded and weights in the file cache [ms]"
+    return Rows("Cold start", about, ("mode", "session", "first plan", "plans after it", "warm p50"), rows, 1)
+
+
+def loop_table(profile: Profile) -> Rows:
+    """The closed loop in real time."""
+    rows = []
+    for mode, own in profile.modes.items():
+        for load, loop in own.loops.items():
+            jitter, wait = loop.jitter, loop.wait
+            rows.append((
+                mode, load, str(loop.steps), f"{loop.period_ms:g}", _ms(jitter.p50_ms, 2), _ms(jitter.p99_ms, 2),
+                _ms(jitter.max_ms, 2), str(loop.late_steps), str(loop.plans), _ms(loop.chunk.p50_ms),
+                _ms(loop.chunk.p99_ms), rate(loop.miss_rate), interval(loop.miss_ci95),
+                rate(loop.hold_steps / loop.steps), _ms(wait.p50_ms if wait else None),
+                f"{loop.successes}/{loop.episodes}",
+            ))  # fmt: skip
+    columns = (
+        "mode", "load", "steps", "period", "jitter p50", "p99", "max", "late steps", "plans", "chunk p50", "p99",
+        "late", "95 % CI", "holds", "wait p50", "solved",
+    )  # fmt: skip
+    about = (
+        "jitter: |time between commands - period|; late steps: a whole period behind or more; wait: from ready to the "
+        "first command; holds: steps without a plan [ms]"
+    )
+    return Rows("Real-time loop", about, columns, rows)
+
+
+def tracing_table(profile: Profile) -> Rows:
+    """What measuring costs."""
+    rows = [(mode, *_tracing(own.tracing)) for mode, own in profile.modes.items() if own.tracing is not None]
+    columns = (
+        "mode", "pairs", "with - without [us]", "95 % CI", "% of plan", "record [us/plan]", "% of round",
+        "with stamps",
+    )  # fmt: skip
+    about = (
+        "plans with and without the trace in turns (the interval is the plans' own noise), and Trace.record timed; "
+        "stamps: reading the clock, which controllers need anyway"
+    )
+    return Rows("What tracing costs", about, columns, rows, 1)
+
+
+def check_table(checks: Sequence[Check]) -> Rows:
+    """Constraints, with pass or fail."""
+    rows = [
+        (
+            check.constraint, check.mode or "-", check.condition or "-",
+            "-" if check.value is None else f"{check.value:.6g}", "pass" if check.passed else "FAIL", check.note,
+        )
+        for check in checks
+    ]  # fmt: skip
+    return Rows("Constraints", "", ("constraint", "mode", "load", "found", "result", "note"), rows, 3)
+
+
+def change_table(compared: ProfileComparison) -> Rows:
+    """Old beside new."""
+    rows = []
+    for change in compared.changes:
+        if change.name == "miss_rate":
+            old, new = rate(change.old), rate(change.new)
+            between = (
+                "-"
+                if change.interval is None
+                else f"{100 * change.interval[0]:+.1f}..{100 * change.interval[1]:+.1f} %"
+            )
+        else:
+            old, new = f"{change.old:.4g}", f"{change.new:.4g}"
+            between = "-" if change.interval is None else f"{change.interval[0]:.3f}..{change.interval[1]:.3f}"
+        ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
+        rows.append((f"{change.mode}.{change.condition}", change.name, old, new, ratio, between, change.verdict))
+    about = f"old: {compared.old_created or 'unknown time'}; {compared.statement}"
+    return Rows(
+        "Compared with the old profile", about, ("mode", "number", "old", "new", "ratio", "99 % interval", "verdict"),
+        rows,
+    )  # fmt: skip
+
+
+def print_tables(
+    profile: Profile, checks: Sequence[Check], compared: ProfileComparison | None, console: Console
+) -> None:
+    """What a person wants to see first; the page has the rest."""
+    tables = [latency_table(profile), *(stage_table(profile, name) for name in profile.loads)]
+    tables += [cold_table(profile), loop_table(profile), tracing_table(profile), check_table(checks)]
+    tables += [change_table(compared)] if compared is not None else []
+    for table in tables:
+        if table.rows:
+            _print(table, console)
+    for note in profile.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    for warning in compared.warnings if compared is not None else ():
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+
+
+def spread(stored: Distribution | None, digits: int = 1) -> tuple[str, ...]:
+    """p50, p90, p99, p99.9 and the maximum; a dash where there are too few values."""
+    if stored is None:
+        return ("-",) * (len(RANKS) + 1)
+    return (*(_ms(getattr(stored, f"{rank}_ms"), digits) for rank in RANKS), _ms(stored.max_ms, digits))
+
+
+def rate(value: float) -> str:
+    """``0.5 %``."""
+    return f"{100 * value:.1f} %" if value < 0.9995 else "100 %"
+
+
+def interval(value: tuple[float, float]) -> str:
+    """``0.0-1.9``, in percent."""
+    return f"{100 * value[0]:.1f}-{100 * value[1]:.1f}"
+
+
+def _tracing(cost: TracingCost) -> tuple[str, ...]:
+    low, high = cost.difference_ci95_us
+    rounds = [cost.percent_of_round, cost.percent_of_round_with_stamps]
+    return (
+        str(cost.pairs), f"{cost.difference_us:+.0f}", f"{low:+.0f}..{high:+.0f}",
+        f"{cost.difference_percent_of_plan:+.2f}", f"{cost.record_us:.1f}",
+        *("-" if share is None else f"{share:.3f}" for share in rounds),
+    )  # fmt: skip
+
+
+def _ms(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _print(table: Rows, console: Console) -> None:
+    shown = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, name in enumerate(table.columns):
+        is_name = i < table.num_names
+        shown.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown, markup=False)
+    if table.about:
+        console.print(table.about, highlight=False, markup=False, style="dim")
