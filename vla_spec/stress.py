@@ -28,13 +28,14 @@ from vla_spec.costs import Costs
 from vla_spec.drafters.toy import ToyDrafter
 from vla_spec.errors import BadConfig, UnknownOption
 from vla_spec.evaluation import first_observation, task_names
+from vla_spec.guard import GuardedDrafter
 from vla_spec.injection import Call, CallKind, Fault, FaultyRobot, Injector, Weather
 from vla_spec.interfaces import ChunkHistory
 from vla_spec.invariants import INVARIANTS, Checker, is_decodable
 from vla_spec.metrics import MODEL_DRAFTERS
 from vla_spec.oracle import best_tokens
 from vla_spec.progress import Reporter
-from vla_spec.results import FORMAT, RUNS_DIR, environment, point_latest_to, wilson_interval, write_text
+from vla_spec.results import FORMAT, RUNS_DIR, environment, percentiles, point_latest_to, wilson_interval, write_text
 from vla_spec.runtime import Actor, EpisodicRobot, Planner
 from vla_spec.trace import PlanRecord, write_json
 from vla_spec.types import Int32, Observation, Plan
@@ -65,8 +66,8 @@ MEANING = {
     "complete_rate": "share of comparable plans whose whole chunk was verified before the deadline",
     "comparable_plans": "plans with observation, engine and drafter in order",
     "verified_tokens_per_chunk": "tokens verified in rounds that ended before the deadline, mean over comparable plans",
-    "oracle_tokens_per_chunk": "most tokens that anybody could have verified by then who knows every call's latency and "
-    "every draft's acceptance beforehand, mean over the comparable plans that it was worked out for",
+    "oracle_tokens_per_chunk": "most tokens that could have been verified by then with knowledge of every call's latency "
+    "and every draft's acceptance, mean over the comparable plans that it was worked out for",
     "oracle_ratio": "verified tokens / the oracle's, over the same plans",
     "hold_rate": "share of control steps without a plan",
     "violations": "broken invariants; each is a fault of the runtime",
@@ -231,11 +232,7 @@ def default_costs() -> Costs:
 
 
 def virtual(mode: Config) -> Config:
-    """A mode on the virtual clock; with the toy engine, drafters that need weights become the toy's own.
-
-    Raises:
-        BadConfig: a deadline that is shorter than nothing can be.
-    """
+    """A mode on the virtual clock; with the toy engine, drafters that need weights become the toy's own."""
     tree = config.as_tree(mode)
     tree["runtime"] = {**tree["runtime"], "clock": "virtual"}
     if mode.engine.name == "toy" and mode.drafter.name in MODEL_DRAFTERS:
@@ -255,7 +252,9 @@ def fault_options(names: str, settings: Sequence[str] = ()) -> dict[str, dict[st
         BadConfig: a value out of range.
     """
     known = plugins.names("fault")
-    wanted = known if names == "all" else [part.strip() for part in names.split(",") if part.strip() not in ("", "none")]
+    wanted = (
+        known if names == "all" else [part.strip() for part in names.split(",") if part.strip() not in ("", "none")]
+    )
     tree: dict[str, Any] = {name: {} for name in wanted}
     for setting in settings:
         tree = config.set_key(tree, setting)
@@ -322,9 +321,7 @@ def save(results: StressResults, folder: Path, command: str) -> StressResults:
 class _ModeRun:
     """One mode from the first control step to the last."""
 
-    def __init__(
-        self, plan: StressPlan, assembly: Assembly, assembler: Assembler, tasks: Sequence[str | None]
-    ) -> None:
+    def __init__(self, plan: StressPlan, assembly: Assembly, assembler: Assembler, tasks: Sequence[str | None]) -> None:
         assert isinstance(assembly.clock, VirtualClock), f"{assembly.config.runtime.clock=}; see `virtual`"
         self._plan, self._assembly, self._assembler, self._tasks = plan, assembly, assembler, tasks
         self._clock, self._policy = assembly.clock, assembly.policy
@@ -335,11 +332,10 @@ class _ModeRun:
             self._faults[name] = plugin.build(config.build_options(plugin.options, values, name), parts)
         weather = Weather(assembly.costs, list(self._faults.values()), plan.seed, assembly.engine.max_step)
         self._injector = Injector(self._faults, weather, self._clock)
+        self._policy.adapter = assembly.adapter  # encoding is no call that faults know of: it takes no time here
         decoder = self._policy.decoder
         decoder.engine = self._injector.wrap_engine(assembly.engine)
-        self._policy.guard = type(self._policy.guard)(
-            self._injector.wrap_drafter(assembly.drafter), assembly.domain.vocab_size
-        )
+        self._policy.guard = GuardedDrafter(self._injector.wrap_drafter(assembly.drafter), assembly.domain.vocab_size)
         decoder.drafter = self._policy.guard
         self._checker = Checker(self._policy, assembly.engine, assembly.config.rule, self._clock.now_ns)
         self._outcomes: list[_Outcome] = []
@@ -350,7 +346,9 @@ class _ModeRun:
         self._chunks: Counter[str] = Counter()
         self._late_by_fault: Counter[str] = Counter()
         self._names = {fault: name for name, fault in self._faults.items()}
-        self._num_comparable = self._num_episodes = self._num_successes = self._num_ticks = 0
+        self._num_comparable = self._num_episodes = self._num_successes = self._num_ticks = self._num_scored = (
+            self._period_ns
+        ) = 0
 
     def play(self, progress: Reporter) -> None:
         """All control steps, task by task, episode by episode."""
@@ -367,7 +365,7 @@ class _ModeRun:
     def _episode(self, robot: FaultyRobot, until: int, is_scored: bool, progress: Reporter) -> None:
         """Same steps as `runtime.run_episode` in virtual time, with a look over their shoulder at each."""
         plan, clock, policy, runtime = self._plan, self._clock, self._policy, self._assembly.runtime
-        period_ns = round(robot.dt_s * NS_PER_S)
+        period_ns = self._period_ns = round(robot.dt_s * NS_PER_S)
         buffer = ChunkBuffer(policy.space, self._assembly.domain.tokens_per_step, runtime.chunks)
         assert runtime.budget_ns is not None, "virtual time has a deadline"
         reserve = policy.horizon - runtime.execute_horizon
@@ -390,7 +388,7 @@ class _ModeRun:
         is_whole = is_solved or actor.step >= plan.episode_ticks
         self._num_episodes += 1
         if is_scored and is_whole:
-            self._chunks["scored"] += 1
+            self._num_scored += 1
             self._num_successes += is_solved
         self._command_rungs.update({rung.name: count for rung, count in buffer.rung_counts.items()})
         for name in ("accepted", "stale", "out_of_order", "shifted"):
@@ -413,7 +411,7 @@ class _ModeRun:
                 if chunk is not None and robot.given is not None:
                     record = actor.planner.records[-1]
                     checker.planned(robot.given, chunk, record, self._injector.charged_ns)
-                    self._judge(robot.given, record)
+                    self._judge(actor, robot.given, record)
             where = "acting"
             command = actor.tick(now_ns)
             checker.received()
@@ -424,7 +422,7 @@ class _ModeRun:
         checker.played(now_ns, command, actor.last_action, robot.instruction, robot.ordered_at)
         return True
 
-    def _judge(self, given: Observation, record: PlanRecord) -> None:
+    def _judge(self, actor: Actor, given: Observation, record: PlanRecord) -> None:
         """Feasibility and the oracle, in hindsight."""
         injector, weather, k = self._injector, self._injector.weather, self._injector.plan
         self._reasons[record.reason.name] += 1
@@ -449,15 +447,16 @@ class _ModeRun:
         if is_comparable:
             every = self._plan.oracle_every
             if every and self._num_comparable % every == 0:
-                best = num_tokens if is_complete else self._oracle(given, slowdown, budget_ns)
+                history = actor.buffer.history(record.observation_step, given.instruction)
+                best = num_tokens if is_complete else self._oracle(given, history, slowdown, budget_ns)
             self._num_comparable += 1
         if is_feasible and record.slack_ns < 0:
             self._late_by_fault.update(self._names[fault] for fault in injector.struck)
         self._outcomes.append(_Outcome(record.slack_ns, is_feasible, is_comparable, is_complete, in_time, best))
 
-    def _oracle(self, given: Observation, slowdown: float, budget_ns: int) -> int:
+    def _oracle(self, given: Observation, history: ChunkHistory | None, slowdown: float, budget_ns: int) -> int:
         """Most tokens that could have been verified; -1 if nobody knows what would have been accepted."""
-        accepted = self._accepted(given)
+        accepted = self._accepted(given, history)
         if accepted is None:
             return -1
         weather, k = self._injector.weather, self._injector.plan
@@ -480,7 +479,7 @@ class _ModeRun:
             return num_tokens
         return best_tokens(prefill_ns, step_ns, draft_ns, accepted, budget_ns, num_tokens, max_step)
 
-    def _accepted(self, given: Observation) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    def _accepted(self, given: Observation, history: ChunkHistory | None) -> np.ndarray[Any, np.dtype[np.int64]] | None:
         """What an exact rule would accept of a long draft at each position; None for rules that are not exact."""
         assembly = self._assembly
         if assembly.config.rule.name != "greedy":
@@ -489,7 +488,7 @@ class _ModeRun:
             return assembly.drafter.accepted()
         if assembly.config.drafter.name == "none":
             return np.zeros(assembly.domain.num_tokens, np.int64)
-        return _accepted_by_trial(assembly, given)
+        return _accepted_by_trial(assembly, given, history)
 
     def row(self) -> StressRow:
         """The row of this mode."""
@@ -503,7 +502,7 @@ class _ModeRun:
         mode = assembly.config
         held = self._command_rungs["HOLD"] + self._command_rungs["STOP"]
         played = sum(self._command_rungs.values())
-        scored = self._chunks["scored"]
+        scored = self._num_scored
         return StressRow(
             mode=mode.mode,
             engine=mode.engine.name,
@@ -511,7 +510,7 @@ class _ModeRun:
             rule=mode.rule.name,
             controller=mode.controller.name,
             deadline_ms=mode.runtime.deadline_ms,
-            period_ms=round(self._period_ms, 6),
+            period_ms=self._period_ns / NS_PER_MS,
             ticks=self._num_ticks,
             plans=len(outcomes),
             deadline_miss_rate=_ratio(sum(o.slack_ns < 0 for o in outcomes), len(outcomes)),
@@ -534,13 +533,6 @@ class _ModeRun:
             never_fired=tuple(name for name, fault in self._faults.items() if self._should_have_fired(fault)),
         )
 
-    @property
-    def _period_ms(self) -> float:
-        options = self._assembly.config.robot.options
-        robot_type = plugins.load("robot", self._assembly.config.robot.name)
-        del robot_type
-        return float(getattr(options, "dt_s", 0.0125)) * 1e3
-
     def _should_have_fired(self, fault: Fault) -> bool:
         is_possible = not (fault.needs_drafter and self._assembly.config.drafter.name == "none")
         return is_possible and fault.fired == 0
@@ -549,7 +541,6 @@ class _ModeRun:
         """The counters of this mode."""
         checker = self._checker
         slack_ms = [o.slack_ns / NS_PER_MS for o in self._outcomes]
-        percentiles = np.percentile(slack_ms, np.arange(101)) if slack_ms else []
         return Details(
             violations=dict(checker.counts),
             examples=tuple(violation._asdict() for violation in checker.examples),
@@ -559,8 +550,8 @@ class _ModeRun:
             plan_rungs=dict(sorted(self._plan_rungs.items())),
             reasons=dict(sorted(self._reasons.items())),
             command_rungs={name: count for name, count in self._command_rungs.items() if count},
-            chunks={name: count for name, count in self._chunks.items() if name != "scored"},
-            slack_ms=tuple(round(float(ms), 4) for ms in percentiles),
+            chunks=dict(self._chunks),
+            slack_ms=percentiles(slack_ms),
         )
 
 
@@ -574,11 +565,12 @@ def _verified_in_time(record: PlanRecord) -> int:
     return num_tokens
 
 
-def _accepted_by_trial(assembly: Assembly, given: Observation) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Decode the chunk plainly and ask the drafter at every position; int64 [T]. Uses engine and drafter undisturbed."""
+def _accepted_by_trial(
+    assembly: Assembly, given: Observation, history: ChunkHistory | None
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Decode the chunk plainly and ask the undisturbed drafter at every position; int64 [T]."""
     engine, drafter, num_tokens = assembly.engine, assembly.drafter, assembly.domain.num_tokens
     inputs = assembly.adapter.encode(given)
-    history: ChunkHistory | None = None
     drafter.begin(inputs, history)
     scores = engine.prefill(inputs)
     tokens: list[int] = []
