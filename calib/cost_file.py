@@ -263,9 +263,9 @@ class Device(_Part):
         gpu_clocks: as the driver reports them, None = no GPU or no driver.
     """
 
-    cpu: str | None
-    cores: int | None
-    gpu: str | None
+    cpu: str | None = None
+    cores: int | None = None
+    gpu: str | None = None
     system: str | None = None
     memory: str | None = None
     governor: str | None = None
@@ -315,6 +315,8 @@ class CostFile(_Part):
     @model_validator(mode="after")
     def _says_where_it_is_from(self) -> CostFile:
         is_measured = self.origin == "measured"
+        if is_measured and not (self.device.cpu and self.device.cores):
+            raise ValueError("device: measured where? valid: cpu and cores")
         if not is_measured and (not self.sources or "estimate" not in self.label.lower()):
             raise ValueError("a published table needs sources, and a label that calls it an estimate")
         for table in self.tables:

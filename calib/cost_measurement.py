@@ -1,8 +1,10 @@
 """Measure the cost tables of decoding modes on this machine, idle and under load.
 
 All calls of one engine take turns (an observation, a prefill, steps of every size over chains and trees, drafts of
-every size with every drafter, the adapter), so that a slow moment of the machine falls on all of them. The first
-cycles are warm-up: they are reported, and in no quantile.
+every size with every drafter, the adapter), so that a slow moment of the machine falls on all of them. Steps and
+drafts do so in another random order each time, and a draft follows a step, as it does when decoding: measured one
+after the other, drafts find their weights in the cache and look a third cheaper. The first cycles are warm-up: they
+are reported, and in no quantile.
 """
 
 from __future__ import annotations
@@ -213,15 +215,22 @@ def _measure(
         consumed = configs[0].runtime.execute_horizon * adapter.domain.tokens_per_step
         history = ChunkHistory(chunk, min(consumed, num_tokens))
         drafts = draft_calls(drafter, engine, inputs, draft_shape(configs[0]), chunk[:1], history)
-        calls |= {(name, gamma): call for gamma, call in drafts.items()}
+        calls |= {(name, gamma): _after_a_step(engine, call) for gamma, call in drafts.items()}
     calls["decode"] = Call(lambda: adapter.decode(chunk))
+
+    in_random_order = [key for key in calls if isinstance(key, tuple)]
+    rng = np.random.default_rng(0)
+
+    def order() -> list[Hashable]:
+        shuffled = [in_random_order[i] for i in rng.permutation(len(in_random_order))]
+        return ["encode", "prefill", *shuffled, "decode"]
 
     was_collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # as in real time
     try:
         usage = _CpuUsage(now_ns, load.pids)
-        taken = time_calls(calls, now_ns, options.num_warmup + options.num_calls, progress.step)
+        taken = time_calls(calls, now_ns, options.num_warmup + options.num_calls, order, progress.step)
         other_cores, stolen_cores = usage.stop()
     finally:
         if was_collecting:
@@ -287,6 +296,18 @@ def distribution(taken_ns: Sequence[int], num_warmup: int, first_ns: int | None 
         quantiles={level: round(float(ns), 1) for level, ns in zip(levels, np.quantile(kept, levels), strict=True)},
         max=float(kept.max()),
     )
+
+
+def _after_a_step(engine: Engine, draft: Call) -> Call:
+    """The same draft behind a single-token step that is not timed."""
+    token, parent = np.zeros(1, np.int32), np.full(1, -1, np.int32)
+
+    def before() -> None:
+        if draft.before is not None:
+            draft.before()
+        engine.step(token, parent)
+
+    return Call(draft.run, before)
 
 
 def _first_chunk(engine: Engine, inputs: EngineInputs, num_tokens: int, now_ns: NowNs) -> tuple[Int32, int, int]:

@@ -27,9 +27,11 @@ def print_costs(file: CostFile, console: Console) -> None:
                 load = of_load.load.key if i == 0 else ""
                 table.add_column(f"{load}\n{heading}", justify="right", no_wrap=True)
         rows = [of_load.distributions() for of_load in tables]
+        drafters = tables[0].drafters
         for name in rows[0]:
             costs = [row.get(name) for row in rows]
-            table.add_row(name, *(cell for cost in costs for cell in _cells(cost)))
+            label = name.replace(drafters[0].drafter.name, "draft") if len(drafters) == 1 else name
+            table.add_row(label, *(cell for cost in costs for cell in _cells(cost)))
         console.print(table)
         for of_load in tables:
             console.print(_about(of_load), highlight=False, markup=False)

@@ -6,7 +6,7 @@ machine does not fall on one size alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -271,6 +271,7 @@ def time_calls(
     calls: Mapping[Key, Call],
     now_ns: NowNs,
     num_calls: int,
+    order: Callable[[], Iterable[Key]] | None = None,
     after_cycle: Callable[[], object] | None = None,
 ) -> dict[Key, list[int]]:
     """Duration of every call [ns], warm-up included: all calls in turn, ``num_calls`` times over.
@@ -279,11 +280,13 @@ def time_calls(
         calls: by whatever names them.
         now_ns: a clock that runs.
         num_calls: of each.
+        order: says before each cycle in which order; None = as they stand.
         after_cycle: called when each of them has been run once more.
     """
     taken: dict[Key, list[int]] = {key: [] for key in calls}
     for _ in range(num_calls):
-        for key, call in calls.items():
+        for key in calls if order is None else order():
+            call = calls[key]
             if call.before is not None:
                 call.before()
             start = now_ns()
