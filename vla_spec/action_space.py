@@ -129,6 +129,11 @@ class ActionSpace:
         stopped = np.where(self.mask(DofKind.POSITION), last + motion * travelled, stopped)
         return self.clip(stopped)
 
+    def limit_change(self, action: Float32, before: Float32) -> Float32:
+        """``action`` within `max_change` of ``before`` and inside the limits, switches as they are; float32 [A]."""
+        near = np.clip(action, before - self.max_change, before + self.max_change)
+        return self.clip(np.where(self.mask(DofKind.SWITCH), action, near))
+
     def bound(self, rows: Float32, before: Float32 | None, slowdown: float = 1.0) -> Float32:
         """Make unverified actions harmless: slower and slower, no jumps, inside the limits, no switching.
 

@@ -54,6 +54,8 @@ class Gap(IntEnum):
     PLANNED = 2  # the plan itself says hold, or stop
 
 
+#: No target has seen these as an answer to the newest observation: their change from step to step is limited.
+UNVERIFIED = frozenset({Provenance.DRAFTED, Provenance.TAIL})
 #: Separate runs of holds that are remembered; more of them than control steps in a chunk are of no use.
 MAX_HOLD_RUNS = 64
 
@@ -236,12 +238,14 @@ class ChunkBuffer:
 
         Returns:
             The newest chunk's tokens and how many of them lie before ``step`` (all, if it is used up); None if no
-            chunk had tokens.
+            chunk had tokens, or the observation is older than the chunk's.
         """
         chunk = self._source
         if chunk is None or (instruction is not None and chunk.instruction != instruction):
             return None
-        consumed = max(0, step - chunk.observation_step) * self.tokens_per_step
+        if step < chunk.observation_step:  # an observation that was overtaken: no row of the chunk is about its step
+            return None
+        consumed = (step - chunk.observation_step) * self.tokens_per_step
         consumed = min(consumed, len(chunk.tokens))
         return ChunkHistory(chunk.tokens, consumed, num_frozen * self.tokens_per_step, chunk.actions)
 
@@ -249,7 +253,8 @@ class ChunkBuffer:
         """What to send at control step ``step``. Never None, never an action of the past.
 
         Newest chunk; else the remainder of an older one; else hold; after ``max_holds`` in a row the decelerating
-        stop. Steps may be skipped but not repeated.
+        stop. Unverified actions differ from the command before them by at most the space's ``max_change``. Steps may
+        be skipped but not repeated.
         """
         assert step >= self._next_step, f"control step {step} was played already, next is {self._next_step}"
         self._next_step = step + 1
@@ -257,6 +262,11 @@ class ChunkBuffer:
         if command is None or command.provenance is Provenance.HOLD:
             command = self._without_plan(command)
         else:
+            if command.provenance >= Provenance.DRAFTED and self._last is not None:
+                command = command._replace(action=self._limited(command.action, self._last))
+            if command.provenance in UNVERIFIED and self._last is not None:
+                # What it followed in its chunk need not be what was played before it.
+                command = command._replace(action=self.space.limit_change(command.action, self._last))
             self._holds_in_a_row = self._stop_steps = 0
             self._stop_from = self._stop_before = None
             self._commands_by_rung[RUNG_OF_PROVENANCE[command.provenance]] += 1
@@ -288,6 +298,11 @@ class ChunkBuffer:
         if is_remainder:
             weakest = max(weakest, Provenance.TAIL)
         return Command(self.space.clip(chunk.actions[index]), weakest, chunk.chunk_id, index)
+
+    def _limited(self, action: Float32, last: Float32) -> Float32:
+        """Within `ActionSpace.max_change` of what was sent before; switches are free."""
+        limited = np.clip(action, last - self.space.max_change, last + self.space.max_change)
+        return self.space.clip(np.where(self._switches, action, limited))
 
     def _ensemble(self, chunks: list[ActionChunk], step: int, newest: Command) -> Command:
         """Weighted mean of the rows for one step; switches come from the newest chunk, they have no mean."""
