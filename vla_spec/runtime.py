@@ -14,7 +14,7 @@ import gc
 import queue
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import TracebackType
 from typing import NamedTuple, Protocol, final
@@ -205,6 +205,8 @@ class Actor:
         self._execute_horizon, self._budget_ns, self._reserve_steps = execute_horizon, budget_ns, reserve_steps
         self._now_ns, self._is_observing_free = now_ns, is_observing_free
         self.step = 0
+        #: Observations since construction whose stamp lay in the future, and those that were older than their step.
+        self.num_future_stamps = self.num_overtaken = 0
         #: Control steps between observation and arrival, holds included, one entry per chunk that came.
         self.delays: list[int] = []
         #: How long each observation took [ns].
@@ -230,18 +232,33 @@ class Actor:
         return played >= self._execute_horizon or self.buffer.steps_left(self.step) <= self._reserve_steps
 
     def look(self, now_ns: int) -> bool:
-        """If a plan is due, observe (this may render) and hand over. True if so."""
+        """If a plan is due, observe (this may render) and hand over. True if so.
+
+        An observation of an earlier control step, with an earlier stamp, is planned for as what it is.
+
+        Raises:
+            BadObservation: a control step that is not the actor's own, with a new stamp: the robot counts wrongly.
+        """
         self._receive(now_ns)
         if not self.is_plan_due:
             return False
         before_ns = 0 if self._now_ns is None else self._now_ns()
         observation = self.robot.observe(now_ns)
         self.observe_ns.append(0 if self._now_ns is None else self._now_ns() - before_ns)
-        if observation.step != self.step:
+        if observation.stamp_ns > now_ns:
+            # Another clock's stamp. Nothing can be seen before it happens, and waiting for that moment is no answer.
+            observation = replace(observation, stamp_ns=now_ns)
+            self.num_future_stamps += 1
+        is_overtaken = observation.step < self.step and observation.stamp_ns < now_ns
+        if observation.step != self.step and not is_overtaken:
             raise BadObservation("step", str(observation.step), f"{self.step}, the control steps since the reset")
-        expected = self.delay.steps(self.buffer.steps_left(self.step))
-        num_frozen = self.buffer.freeze(self.step, expected, observation.instruction)
-        history = self.buffer.history(self.step, observation.instruction, num_frozen)
+        num_frozen = 0
+        if is_overtaken:  # an old picture that says so: its chunk is aligned with its own step
+            self.num_overtaken += 1
+        else:
+            expected = self.delay.steps(self.buffer.steps_left(self.step))
+            num_frozen = self.buffer.freeze(self.step, expected, observation.instruction)
+        history = self.buffer.history(observation.step, observation.instruction, num_frozen)
         free_ns = self.observe_ns[-1] if self._is_observing_free else 0
         self.planner.submit(PlanRequest(observation, now_ns + free_ns + self._budget_ns, history))
         return True
