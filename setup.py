@@ -42,7 +42,7 @@ setup(
     packages=find_packages(include=[NAME, f"{NAME}.*"]),
     package_data={
         NAME: ["py.typed", "modes/*.yaml", "templates/*.j2", "templates/*.css"],
-        f"{NAME}.calib": ["*.json", "*.yaml"],
+        f"{NAME}.calib": ["*.json", "*.yaml", "published/*.json"],
     },
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
