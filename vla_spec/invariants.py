@@ -352,10 +352,12 @@ class Checker:
         is_good = known.is_exact if command.provenance is Provenance.EXACT else known.is_verified
         if command.provenance <= Provenance.RELAXED and not is_good[row]:
             self._violate("provenance", f"{where}: called {command.provenance.name} and is not")
-        if command.provenance in (Provenance.DRAFTED, Provenance.TAIL):
-            if self._previous is not None:
-                self._check_change(command.action, self._previous, where)
-        elif not self._is_ensemble and not np.array_equal(command.action, self._space.clip(chunk.actions[row])):
+        planned = self._space.clip(chunk.actions[row])
+        if command.provenance in (Provenance.DRAFTED, Provenance.TAIL) and self._previous is not None:
+            self._check_change(command.action, self._previous, where)
+            reach = np.where(self._switches, np.inf, self._space.max_change)
+            planned = self._space.clip(np.clip(planned, self._previous - reach, self._previous + reach))
+        if not self._is_ensemble and not np.allclose(command.action, planned, rtol=0, atol=1e-6):
             self._violate("provenance", f"{where}: other numbers than the chunk's")
         if chunk.instruction != order and chunk.observation_step >= ordered_at:
             self._violate("instruction", f"{where}: obeys {chunk.instruction!r}, the order is {order!r}")

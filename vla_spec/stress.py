@@ -66,7 +66,7 @@ MEANING = {
     "complete_rate": "share of comparable plans whose whole chunk was verified before the deadline",
     "comparable_plans": "plans with observation, engine and drafter in order",
     "verified_tokens_per_chunk": "tokens verified in rounds that ended before the deadline, mean over comparable plans",
-    "oracle_tokens_per_chunk": "most tokens that could have been verified by then with knowledge of every call's latency "
+    "oracle_tokens_per_chunk": "most tokens that could have been verified by then with knowledge of each call's latency "
     "and every draft's acceptance, mean over the comparable plans that it was worked out for",
     "oracle_ratio": "verified tokens / the oracle's, over the same plans",
     "hold_rate": "share of control steps without a plan",
