@@ -40,7 +40,9 @@ def command(
     chunks: Annotated[
         str, typer.Option(help="Whose chunks are drafted: target (its own, decoded exactly) or demonstration.")
     ] = "target",
-    modes: Annotated[str, typer.Option("--mode", help="Exact decoding mode that writes the target's chunks.")] = "exact",
+    modes: Annotated[
+        str, typer.Option("--mode", help="Exact decoding mode that writes the target's chunks.")
+    ] = "exact",
     model: ModelDir = None,
     engine: Engine = None,
     threads: Threads = None,
