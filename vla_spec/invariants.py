@@ -163,7 +163,7 @@ class Checker:
         self._check_form(given, chunk)
         self._check_time(chunk, record, charged_ns)
         self._check_record(chunk, record)
-        known = self._check_rows(given, chunk)
+        known = self._check_rows(given, chunk, _num_forced(record) // self._domain.tokens_per_step)
         self._known[chunk.chunk_id] = known
         self._known.pop(chunk.chunk_id - KEPT_CHUNKS, None)
 
@@ -204,12 +204,12 @@ class Checker:
         if sum(policy.ladder.reasons.values()) != self._num_plans:
             self._violate("counters", f"reasons don't add up to {self._num_plans} plans")
         if record.rounds and record.rung <= Rung.DRAFT_TAIL:
-            gained = _num_yielded(record)
-            if min(gained, self._domain.num_tokens) != record.num_verified:
+            gained, most = _num_yielded(record), self._domain.num_tokens - _num_forced(record)
+            if min(gained, most) != record.num_verified:
                 self._violate("counters", f"chunk {chunk.chunk_id}: {gained} tokens gained, {record.num_verified} said")
 
-    def _check_rows(self, given: Observation, chunk: ActionChunk) -> _Known:
-        """Provenance of each row, recomputed."""
+    def _check_rows(self, given: Observation, chunk: ActionChunk, num_given: int) -> _Known:
+        """Provenance of each row, recomputed; the first ``num_given`` ones were given and say nothing of the rung."""
         h, per_step = len(chunk.actions), self._domain.tokens_per_step
         is_exact, is_verified = np.zeros(h, np.bool_), np.zeros(h, np.bool_)
         known = _Known(chunk, is_exact, is_verified)
@@ -220,7 +220,7 @@ class Checker:
             self._violate("provenance", f"chunk {chunk.chunk_id} has {h} rows and {len(chunk.tokens)} tokens")
             return known
         rows = chunk.provenance.max(axis=1)  # [h] weakest of each row
-        weakest = Provenance(int(rows.max()))
+        weakest = Provenance(int(rows[num_given if chunk.rung <= Rung.DRAFT_TAIL else 0 :].max()))
         expected = Rung.LAST_CHUNK if chunk.rung is Rung.LAST_CHUNK else _RUNG_OF_WEAKEST.get(weakest, Rung.HOLD)
         if chunk.rung is not expected or (chunk.rung is Rung.LAST_CHUNK and (rows != Provenance.TAIL).any()):
             self._violate(
@@ -462,10 +462,14 @@ class _Tolerance:
 
 
 def _num_yielded(record: PlanRecord) -> int:
-    """Tokens of a plan, from its rounds: one more than each accepted, and what was given to begin with."""
-    forced = sum(measured.num_forced for measured in record.rounds)
+    """Tokens that a plan decoded, from its rounds: one more than each accepted; before a given beginning none."""
     gained = sum(measured.num_accepted + 1 for measured in record.rounds)
-    return gained + forced - 1 if forced else gained
+    return gained - 1 if _num_forced(record) else gained
+
+
+def _num_forced(record: PlanRecord) -> int:
+    """Tokens of a plan that were given to begin with."""
+    return sum(measured.num_forced for measured in record.rounds)
 
 
 def is_decodable(record: PlanRecord) -> bool:
