@@ -21,7 +21,7 @@ import yaml
 
 from vla_spec import __version__, config, plugins
 from vla_spec.assemble import Assembler, Assembly
-from vla_spec.chunks import ChunkBuffer
+from vla_spec.chunks import ChunkBuffer, HandOver
 from vla_spec.clock import NS_PER_S, VirtualClock
 from vla_spec.config import Config
 from vla_spec.costs import Costs
@@ -66,7 +66,7 @@ MEANING = {
     "complete_rate": "share of comparable plans whose whole chunk was verified before the deadline",
     "comparable_plans": "plans with observation, engine and drafter in order",
     "verified_tokens_per_chunk": "tokens verified in rounds that ended before the deadline, mean over comparable plans",
-    "oracle_tokens_per_chunk": "most tokens that could have been verified by then with knowledge of each call's latency "
+    "oracle_tokens_per_chunk": "most tokens that could have been verified by then, knowing each call's latency "
     "and every draft's acceptance, mean over the comparable plans that it was worked out for",
     "oracle_ratio": "verified tokens / the oracle's, over the same plans",
     "hold_rate": "share of control steps without a plan",
@@ -446,7 +446,7 @@ class _ModeRun:
         best = -1
         if is_comparable:
             every = self._plan.oracle_every
-            if every and self._num_comparable % every == 0:
+            if every and self._num_comparable % every == 0 and self._has_oracle:
                 history = actor.buffer.history(record.observation_step, given.instruction)
                 best = num_tokens if is_complete else self._oracle(given, history, slowdown, budget_ns)
             self._num_comparable += 1
@@ -455,10 +455,8 @@ class _ModeRun:
         self._outcomes.append(_Outcome(record.slack_ns, is_feasible, is_comparable, is_complete, in_time, best))
 
     def _oracle(self, given: Observation, history: ChunkHistory | None, slowdown: float, budget_ns: int) -> int:
-        """Most tokens that could have been verified; -1 if nobody knows what would have been accepted."""
+        """Most tokens that could have been verified."""
         accepted = self._accepted(given, history)
-        if accepted is None:
-            return -1
         weather, k = self._injector.weather, self._injector.plan
         num_tokens, max_step = self._assembly.domain.num_tokens, self._assembly.engine.max_step
         prefill_ns = weather.call_ns(Call(k, 0, CallKind.PREFILL, 0), slowdown)
@@ -479,11 +477,15 @@ class _ModeRun:
             return num_tokens
         return best_tokens(prefill_ns, step_ns, draft_ns, accepted, budget_ns, num_tokens, max_step)
 
-    def _accepted(self, given: Observation, history: ChunkHistory | None) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        """What an exact rule would accept of a long draft at each position; None for rules that are not exact."""
+    @property
+    def _has_oracle(self) -> bool:
+        """The verdict depends on the position alone, and no token is given beforehand."""
+        is_forced = self._assembly.runtime.chunks.hand_over is HandOver.FROZEN_PREFIX
+        return self._assembly.config.rule.name == "greedy" and not is_forced
+
+    def _accepted(self, given: Observation, history: ChunkHistory | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """What is accepted of a long draft at each position; int64 [T]."""
         assembly = self._assembly
-        if assembly.config.rule.name != "greedy":
-            return None
         if isinstance(assembly.drafter, ToyDrafter):
             return assembly.drafter.accepted()
         if assembly.config.drafter.name == "none":

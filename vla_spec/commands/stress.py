@@ -10,7 +10,6 @@ from rich.console import Console
 
 from vla_spec.commands._options import (
     ConfigFile,
-    Horizon,
     ModelDir,
     Out,
     Report,
@@ -58,7 +57,9 @@ def command(
     ] = 2,
     model: ModelDir = None,
     threads: Threads = None,
-    execute_horizon: Horizon = None,
+    execute_horizon: Annotated[
+        int, typer.Option(min=1, help="Control steps played before the next plan; a chunk has 8, a plan lasts 5.")
+    ] = 3,
     config: ConfigFile = None,
     set_: Set = None,
     report: Report = True,
@@ -92,8 +93,11 @@ def command(
     typer.echo(folder / "results.json")
     if results.num_violations:
         typer.secho(f"{results.num_violations} violations: {folder / 'results.json'} has them", fg="red", err=True)
-    for name in results.never_fired:
-        typer.secho(f"never struck: {name}; more --ticks, or a higher --fault probability", fg="red", err=True)
+    if results.never_fired:
+        names = "; ".join(f"{row.mode}: {', '.join(row.never_fired)}" for row in results.rows if row.never_fired)
+        typer.secho(
+            f"never struck, so nothing was proved: {names} (more --ticks, or a higher --fault)", fg="red", err=True
+        )
     if results.num_violations or results.never_fired:
         raise typer.Exit(EXIT_BROKEN)
 
