@@ -262,8 +262,6 @@ class ChunkBuffer:
         if command is None or command.provenance is Provenance.HOLD:
             command = self._without_plan(command)
         else:
-            if command.provenance >= Provenance.DRAFTED and self._last is not None:
-                command = command._replace(action=self._limited(command.action, self._last))
             if command.provenance in UNVERIFIED and self._last is not None:
                 # What it followed in its chunk need not be what was played before it.
                 command = command._replace(action=self.space.limit_change(command.action, self._last))
@@ -298,11 +296,6 @@ class ChunkBuffer:
         if is_remainder:
             weakest = max(weakest, Provenance.TAIL)
         return Command(self.space.clip(chunk.actions[index]), weakest, chunk.chunk_id, index)
-
-    def _limited(self, action: Float32, last: Float32) -> Float32:
-        """Within `ActionSpace.max_change` of what was sent before; switches are free."""
-        limited = np.clip(action, last - self.space.max_change, last + self.space.max_change)
-        return self.space.clip(np.where(self._switches, action, limited))
 
     def _ensemble(self, chunks: list[ActionChunk], step: int, newest: Command) -> Command:
         """Weighted mean of the rows for one step; switches come from the newest chunk, they have no mean."""
