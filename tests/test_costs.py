@@ -11,6 +11,7 @@ import pytest
 
 from vla_spec.calib.cost_file import Wanted, load_costs
 from vla_spec.calib.device import this_device
+from vla_spec.config import resolve
 from vla_spec.costs import (
     MEASURED_CALLS,
     WARMUP_CALLS,
@@ -205,3 +206,8 @@ def test_a_tree_is_drafted_as_deep_as_its_controller_goes():
     costs, engine, clock = measured()
     measure_drafter(costs, Asked(clock), engine, {}, Plan(0, 3, 2), clock)
     assert set(asked) == {(1, 1, 2), (2, 2, 2), (4, 3, 2), (8, 3, 2), (15, 3, 2)}
+
+
+def test_a_load_without_a_table_is_refused():
+    with pytest.raises(BadConfig, match=r"runtime.*costs_load is 'busy' without a table"):
+        resolve({"engine": "toy", "robot": "toy", "runtime": {"costs_load": "busy"}})

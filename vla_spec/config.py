@@ -90,6 +90,10 @@ class Runtime:
     costs_load: str | None = None
     allow_other_device: bool = False
 
+    def __post_init__(self) -> None:
+        if self.costs_load is not None and self.costs is None:
+            raise BadConfig(f"costs_load is {self.costs_load!r} without a table; valid: with runtime.costs=FILE")
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
