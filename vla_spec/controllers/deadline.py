@@ -1,197 +1,454 @@
-"""Draft as much as pays off and still fits before the deadline, by measured costs and observed acceptance.
+"""Verify as many tokens as the time left allows, and be late no more often than was agreed.
 
-Source: the throughput model of Leviathan et al. 2023, arXiv:2211.17192, section 3.3, with costs measured per length
-instead of one ratio, and a hard limit on time.
+A round is started only if the probability that it overruns the time left fits into what the chunk may still risk; among
+the rounds that do, the one is taken that is worth most by a table of expected tokens over tokens decoded and time left.
+Sources: the expected yield of a draft is Leviathan et al. 2023, arXiv:2211.17192, section 3.3, with costs per size
+instead of one ratio; the correction of the risk by observed misses is that of Gibbs and Candes 2021, arXiv:2106.00170.
+docs/deadline-controller.md explains the whole, with figures.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
+from vla_spec.controllers._lookahead import NOTHING, Lookahead
+from vla_spec.controllers._overrun_law import OverrunLaw, exceedance
+from vla_spec.controllers._survival import SurvivalModel
+from vla_spec.costs import Costs, Quantiles
 from vla_spec.errors import BadConfig
 from vla_spec.interfaces import ChunkHistory
 from vla_spec.plugins import Parts
 from vla_spec.types import Plan, Round
 
+#: Time bins per plain round, and in all: plans that have more time than this are made as if they had just this.
+BINS_PER_ROUND, NUM_BINS = 12, 288
+#: A whole chunk is worth so many tokens more; a plain round's time, when the chunk is whole, so many.
+BONUS, HURRY = 1.0, 0.02
+#: A tolerance is wide enough if it leaves less than this of the chunk to be expected unverified. [tokens]
+SHORTFALL = 0.5
+#: Measured / predicted beyond these factors says that something happened, not how fast the device is.
+MOST_SURPRISE = math.log(2.0)
+SLOWEST, FASTEST = math.log(64.0), math.log(1 / 16)
+#: Calls longer than predicted by more than this factor are stalls: no plan can provide for them.
+STALL = math.log(4.0)
+#: Largest corrections of the required time by observed misses, as logarithms.
+MOST_RELIEF, MOST_CAUTION = 0.1, 0.7
+#: Share by which a law goes back to the table, and caution to none, after a chunk in which nothing could be tried.
+THAW = 0.02
+#: Nothing is ever tried that would need the device to be more than this much faster than the table says.
+LEAST_PROMISE = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Deadline-aware draft length.
+    """A bound on late chunks, and what to choose from.
 
     Attributes:
-        max_gamma: most nodes to draft; the measured table and the engine's ``max_step`` limit it further.
+        max_late: share of chunks that may be late because of a round that should not have been started. [0..1)
+        aim: share of it that is planned with; the rest is for what the running laws have not noticed yet. [0..1]
+        max_gamma: most nodes to draft; the cost table and the engine's ``max_step`` limit it further.
         depth: longest path, None = no limit of its own.
-        top_k: nodes drafted per depth, 1 = a chain; gamma is a multiple of it.
-        tolerance: scale in [0, 1] of the rule's own tolerance.
-        margin_ns: kept free before the deadline, for decoding actions and handing them over. [ns]
-        window: rounds that the correction looks back. [rounds]
-        warmup: first rounds of the run that the correction leaves out. [rounds]
-        quantile: of measured / predicted cost in the window, that predictions are scaled by; higher = fewer misses
-            and fewer tokens.
-        prior: acceptance assumed at every depth before anything was seen.
+        top_k: nodes per depth of a tree, whose gamma is a multiple of it; 1 = chains only. Above 1 both are tried.
+        tolerance: largest scale in [0, 1] of the rule's own tolerance.
+        least_tolerance: what is used while the chunk is expected to be whole in time without more; None = always
+            ``tolerance``.
+        margin_ns: kept free before the deadline. The policy takes its own reserve off before. [ns]
+        gain: weight of a new round in the device's speed, in (0, 1]; larger notices a slower device sooner and needs
+            more distance to the deadline.
+        memory: rounds after which an overrun has lost two thirds of its weight in the law of overruns. [rounds]
+        warmup: first rounds of a run, and first prefills, whose times count for nothing.
+        spread: relative spread of calls assumed at least, until enough were seen; tables that state no spread have
+            none of their own. 0 = trust the table.
+        prior_rounds: how many rounds the table's law counts as. [rounds]
+        step_up: how much more time a round needs after a miss, as a share; taken back slowly without misses.
+        patience: chunks in a row without time for a prefill after which one is tried nevertheless; doubles up to
+            ``1 / max_late`` while that fails.
+        prior: acceptance assumed at every position and depth before anything was seen.
         prior_weight: how many observations the prior counts as.
-        forget: factor on the weight of what was seen at a depth, each time that it is seen again; 1 = never forget.
-        forget_untried: the same for every round in which a depth is not tried, which takes it back to the prior, so
-            that it is tried again some day; smaller tries hopeless drafts more often.
+        forget: factor on the weight of what was seen of acceptance, per round. What is not tried any more returns to
+            the prior, so that it is tried again some day.
     """
 
+    max_late: float = 1e-3
+    aim: float = 0.5
     max_gamma: int = 16
     depth: int | None = None
     top_k: int = 1
     tolerance: float = 1.0
-    margin_ns: int = 500_000
-    window: int = 64
+    least_tolerance: float | None = None
+    margin_ns: int = 100_000
+    gain: float = 0.25
+    memory: float = 3000.0
     warmup: int = 8
-    quantile: float = 0.9
+    spread: float = 0.05
+    prior_rounds: float = 100.0
+    step_up: float = 0.1
+    patience: int = 4
     prior: float = 0.7
     prior_weight: float = 4.0
-    forget: float = 0.98
-    forget_untried: float = 0.998
+    forget: float = 0.998
 
     def __post_init__(self) -> None:
         if self.max_gamma < 0 or self.top_k < 1 or (self.depth is not None and self.depth < 0):
             raise BadConfig(
                 f"need max_gamma >= 0, depth >= 0, top_k >= 1, got {self.max_gamma}, {self.depth}, {self.top_k}"
             )
-        if self.margin_ns < 0 or self.window < 1 or self.warmup < 0 or self.prior_weight <= 0:
+        least = self.tolerance if self.least_tolerance is None else self.least_tolerance
+        if not 0.0 <= least <= self.tolerance <= 1.0:
             raise BadConfig(
-                f"need margin_ns >= 0, window >= 1, warmup >= 0, prior_weight > 0, got {self.margin_ns}, "
-                f"{self.window}, {self.warmup}, {self.prior_weight}"
+                f"need 0 <= least_tolerance <= tolerance <= 1, got {self.least_tolerance} and {self.tolerance}"
             )
-        for name, value in (("tolerance", self.tolerance), ("quantile", self.quantile), ("prior", self.prior)):
-            if not 0.0 <= value <= 1.0:
-                raise BadConfig(f"{name} must be in [0, 1], got {value}")
-        for name, factor in (("forget", self.forget), ("forget_untried", self.forget_untried)):
-            if not 0.0 < factor <= 1.0:
-                raise BadConfig(f"{name} must be in (0, 1], got {factor}")
+        for name in ("margin_ns", "warmup", "spread", "step_up"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadConfig(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("memory", "prior_rounds", "patience", "prior_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadConfig(f"{name} must be more than 0, got {getattr(self, name)}")
+        for name in ("max_late", "prior"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise BadConfig(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("aim", "gain", "forget"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise BadConfig(f"{name} must be in (0, 1], got {getattr(self, name)}")
+
+
+class _Kind:
+    """Chains, or trees, at one tolerance: consecutive actions of depth 0, 1, ... (trees begin at depth 0 as well)."""
+
+    __slots__ = ("first", "longest", "top_k")
+
+    def __init__(self, first: int, longest: int, top_k: int) -> None:
+        self.first, self.longest, self.top_k = first, longest, top_k
 
 
 @final
 class DeadlineController:
-    """Maximises ``E[tokens(gamma)] / cost_ns(gamma)`` over every gamma whose round ends before the deadline.
+    """Predict, bound the risk, look ahead, and learn from each round.
 
-    ``E[tokens] = 1 + sum over d of prod over j <= d of acceptance[j]``, where ``acceptance[j]`` is the share of rounds
-    that accepted draft depth j among those that accepted j - 1; older rounds weigh less. ``cost_ns(gamma)`` is the
-    table's drafting cost plus that of a step of gamma + 1 tokens, times the ``quantile`` of measured / predicted over
-    the last ``window`` rounds (1 while there are none). Prefill rounds count neither for costs nor for acceptance.
+    A round of action a is predicted to take ``s * (d * draft[gamma] + v * step[n] + h)``: table medians, slow
+    corrections d, v of drafts and steps, host time h, and the device's current speed s, which follows the last few
+    rounds and prefills. ``OverrunLaw`` knows how far predictions were exceeded. With x = log(time left / prediction),
+    less the caution c that misses have taught, a round is started if ``P(residual > x)``, beyond what not even the
+    whole chunk's time could have prevented, is within what is left of ``aim * max_late``; it is then taken off.
 
-    A chunk in which no round fitted drops the oldest quarter of that window: a stall must not end drafting for good.
+    Not thread-safe. Constant memory. Never raises after construction.
     """
 
-    def __init__(self, options: Options, cost_ns: Mapping[str, Any] | None, max_step: int | None = None) -> None:
-        """Read a cost table.
+    def __init__(
+        self,
+        options: Options,
+        costs: Costs | None,
+        num_tokens: int,
+        max_step: int | None = None,
+        has_tree: bool = True,
+    ) -> None:
+        """Read a cost table and fill the first look-ahead.
 
         Args:
             options: see `Options`.
-            cost_ns: ``{"draft": {gamma: ns}, "step": {n: ns}}``, medians measured at start-up; n counts the tokens of
-                the step, 1 = plain decoding. Lengths in between are interpolated, none is extrapolated.
+            costs: of target and drafter.
+            num_tokens: T.
             max_step: most tokens of one step of the target, None = as in the table.
+            has_tree: the target takes branching drafts.
+
+        Raises:
+            BadConfig: no cost table, or costs that are not finite or below 1 ns.
         """
-        if not cost_ns or not cost_ns.get("step"):
+        if costs is None or not costs.step or 0.5 not in costs.prefill:
             raise BadConfig("the deadline controller needs a measured cost table; calibrate, or use controller: fixed")
-        step = _sorted_costs(cost_ns["step"], 1.0)
-        draft = {0: 0.0} | _sorted_costs(cost_ns.get("draft") or {})
-        longest = min(options.max_gamma, max(step) - 1, math.inf if max_step is None else max_step - 1)
-        if len(draft) > 1:  # a drafter without measured cost is a free one
-            longest = min(longest, max(draft))
-        gammas = np.arange(max(int(longest), 0) + 1)
-        self._predicted_ns: list[float] = (
-            np.interp(gammas, list(draft), list(draft.values()))
-            + np.interp(gammas + 1, list(step), list(step.values()))
-        ).tolist()
-        self._options = options
-        self._hits = np.zeros(len(gammas))  # [depth] accepted at this depth, in forgetting counts
-        self._tries = np.zeros(len(gammas))  # [depth] reached and judged
-        self._ratios: deque[float] = deque()  # measured / predicted, oldest first
-        self._sorted_ratios: list[float] = []
-        self._num_warm = 0
-        self._is_prefill = True
-        self._num_rounds = 1  # since `begin`, prefill left out
-        self._depth = 0
+        _check(costs)
+        self._options, self._num_tokens = options, max(num_tokens, 1)
+        longest = min(options.max_gamma, max(costs.step) - 1, math.inf if max_step is None else max_step - 1)
+        if max(costs.draft, default=0) > 0:  # a drafter without measured cost is a free one
+            longest = min(longest, max(costs.draft))
+        most_nodes = max(int(longest), 0)
+        deepest = max(min(most_nodes, self._num_tokens - 2), 0)
+        if options.depth is not None:
+            deepest = min(deepest, options.depth)
+
+        widths = (1,) if options.top_k == 1 or not has_tree else (1, options.top_k)
+        self._kinds: list[_Kind] = []
+        for width in widths:
+            first = sum(kind.longest + 1 for kind in self._kinds)
+            self._kinds.append(_Kind(first, min(deepest, most_nodes // width), width))
+        shapes = [(depth, kind.top_k) for kind in self._kinds for depth in range(kind.longest + 1)]
+        if len(shapes) >= NOTHING:
+            raise BadConfig(f"max_gamma is {options.max_gamma}; valid: so that there are fewer than {NOTHING} drafts")
+        self._gammas = [depth * width for depth, width in shapes]
+        self._kind_of = [i for i, kind in enumerate(self._kinds) for _ in range(kind.longest + 1)]
+        tolerances = [options.tolerance]
+        if options.least_tolerance is not None and options.least_tolerance < options.tolerance:
+            tolerances.insert(0, options.least_tolerance)
+        self._plans = [
+            [Plan(depth * width, depth, width if depth else 1, tolerance) for depth, width in shapes]
+            for tolerance in tolerances
+        ]
+
+        nodes = np.arange(most_nodes + 1)
+        self._draft_ns = np.array([costs.draft_quantile_ns(n, 0.5) if n else 0.0 for n in nodes.tolist()])
+        self._step_ns = np.array([costs.step_ns(n + 1) for n in nodes.tolist()])
+        self._drafted_ns, self._stepped_ns = self._draft_ns.tolist(), self._step_ns.tolist()
+        self._prefill_ns = max(costs.prefill_ns, 1.0)
+        self._law = OverrunLaw(
+            exceedance(_round_quantiles(costs, most_nodes), options.spread), options.prior_rounds, options.memory
+        )
+        self._prefill_law = OverrunLaw(
+            exceedance(costs.prefill, options.spread), options.prior_rounds, options.memory / 4
+        )
+        self._survival = SurvivalModel(
+            self._num_tokens, len(tolerances) * len(self._kinds), max(deepest, 1), options.prior, options.prior_weight,
+            options.forget,
+        )  # fmt: skip
+        self._offered = np.ones(most_nodes + 1)  # [n] share of rounds, asked for n nodes or more, that got them
+        bin_ns = max(float(self._step_ns[0]) / BINS_PER_ROUND, 1.0)
+        self._bins_per_ns = 1.0 / bin_ns
+        self._lookaheads = [
+            Lookahead(self._num_tokens, bin_ns, NUM_BINS, BONUS, HURRY / BINS_PER_ROUND) for _ in tolerances
+        ]
+
+        self._log_speed, self._speed = 0.0, 1.0  # s
+        self._draft_bias = self._step_bias = self._prefill_bias = 1.0
+        self._host_ns = 0.0
+        self._caution = 0.0
+        self._num_rounds_seen = self._num_prefills_seen = 0
+        self._num_refused, self._patience = 0, options.patience
+        self._is_prefill, self._was_begun, self._is_probe = True, False, False
+        self._num_rounds = 0
+        self._has_missed = False
+        self._given_ns = self._left_ns = self._first_ns = 0.0
+        self._action, self._level, self._m = 0, 0, 1
+        self._risk_left = self._unavoidable = 0.0
+        self._need = 1.0
+        self._row = 0
+        self._refresh()
+        for row in range(self._num_tokens - 1, 0, -1):
+            self._update_row(row)
+
+    # ---- what it is told ------------------------------------------------------------------------------------------
+
+    def begin(self, remaining_ns: int, history: ChunkHistory | None = None) -> bool:
+        """A new chunk: settle the last one, then ask whether a prefill fits."""
+        self._settle()
+        self._is_prefill, self._num_rounds, self._has_missed, self._first_ns = True, 0, False, 0.0
+        left_ns = self._given_ns = remaining_ns - self._options.margin_ns
+        self._was_begun = left_ns > 0
+        if not self._was_begun:
+            return False
+        self._refresh()
+        self._row = self._row - 1 if self._row > 1 else self._num_tokens - 1
+        self._update_row(self._row)
+        x = math.log(left_ns / (self._prefill_ns * self._prefill_bias * self._speed))
+        if self._prefill_law.probability(x) <= self._risk:
+            return True
+        self._num_refused += 1
+        self._prefill_law.relax(THAW)
+        # Nothing is measured while nothing is started, and what is known gets old: try again, ever less often.
+        if self._num_refused < self._patience or left_ns < LEAST_PROMISE * self._prefill_ns:
+            return False
+        self._num_refused = 0
+        self._patience = min(2 * self._patience, max(round(1 / max(self._options.max_late, 1e-4)), self._patience))
+        return True
+
+    def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
+        """One look into the table, then as much less as the risk asks for."""
+        left_ns = remaining_ns - self._options.margin_ns
+        if left_ns <= 0:
+            return None
+        if self._first_ns == 0.0:
+            self._first_ns = left_ns
+            self._budget_risk()
+        m = min(max(self._num_tokens - tokens_left, 1), self._num_tokens - 1)
+        if m < 1:  # chunks of one token
+            return None
+        device_ns = left_ns / self._speed
+        index = min(int(device_ns * self._bins_per_ns), NUM_BINS - 1)
+        level = 0
+        while level < len(self._lookaheads) - 1 and (
+            self._lookaheads[level].value(m, index) < tokens_left + BONUS - SHORTFALL
+        ):
+            level += 1
+        action = self._lookaheads[level].choice(m, index)
+        if action == NOTHING:
+            action = max(min(self._kinds[0].longest, tokens_left - 1), 0)
+        costs, most_ns = self._cost_ns, device_ns / self._need
+        if costs[action] > most_ns:
+            first = self._kinds[self._kind_of[action]].first
+            while action > first and costs[action] > most_ns:
+                action -= 1
+            if costs[action] > most_ns:
+                action = 0
+                if costs[0] > most_ns:
+                    return None
+        risk = self._law.probability(math.log(device_ns / costs[action]) - self._caution) - self._unavoidable
+        if risk > 0.0:
+            self._risk_left -= risk
+            self._need = self._needed(self._risk_left)
+        self._action, self._level, self._m, self._left_ns = action, level, m, left_ns
+        return self._plans[level][action]
+
+    def record(self, measured: Round) -> None:
+        """Learn times and acceptance from a finished round."""
+        total_ns = max(measured.total_ns, 1)
+        if self._is_prefill:
+            self._is_prefill = False
+            self._record_prefill(total_ns)
+            return
+        self._num_rounds += 1
+        drafted, accepted, options = measured.num_drafted, measured.num_accepted, self._options
+        plan = self._plans[self._level][self._action]
+        if plan.depth > 0:
+            kind = self._level * len(self._kinds) + self._kind_of[self._action]
+            self._survival.record(self._m, kind, plan.depth, min(accepted, plan.depth))
+            offered = self._offered
+            offered[1 : plan.gamma + 1] *= 1.0 - 0.02
+            offered[1 : min(drafted, plan.gamma) + 1] += 0.02
+        self._num_rounds_seen += 1
+        if self._num_rounds_seen <= options.warmup:
+            return
+        size = min(drafted, len(self._stepped_ns) - 1)
+        draft_ns = self._draft_bias * self._drafted_ns[plan.gamma]
+        step_ns = self._step_bias * self._stepped_ns[size]
+        residual = math.log(total_ns / ((draft_ns + step_ns + self._host_ns) * self._speed))
+        self._law.record(residual)
+        if total_ns > self._left_ns and total_ns <= self._first_ns:
+            self._has_missed = True
+        if -MOST_SURPRISE < residual < MOST_SURPRISE:  # slow corrections, from ordinary rounds only
+            speed = self._speed
+            if draft_ns > 0:
+                self._draft_bias += 0.01 * _clip(measured.draft_ns / (draft_ns * speed) - 1.0) * self._draft_bias
+            self._step_bias += 0.01 * _clip(measured.step_ns / (step_ns * speed) - 1.0) * self._step_bias
+            self._host_ns += 0.01 * ((measured.judge_ns + measured.commit_ns) / speed - self._host_ns)
+        self._follow(residual)
+
+    # ---- what it makes of it --------------------------------------------------------------------------------------
 
     @property
     def correction(self) -> float:
-        """What predictions are scaled by: the quantile of measured / predicted over the window, 1.0 if it is empty."""
-        if not self._sorted_ratios:
+        """What predictions are scaled by at the moment; 1 = as in the table."""
+        return self._speed
+
+    @property
+    def caution(self) -> float:
+        """What the required time is scaled by because of observed misses; 1 = as the law of overruns says."""
+        return math.exp(self._caution)
+
+    def overrun_probability(self, gamma: int, remaining_ns: int) -> float:
+        """That a round with a chain of so many tokens, started now, ends after the time left."""
+        left_ns = remaining_ns - self._options.margin_ns
+        if left_ns <= 0:
             return 1.0
-        index = math.ceil(self._options.quantile * len(self._sorted_ratios)) - 1
-        return self._sorted_ratios[max(index, 0)]
+        cost_ns = self._cost_ns[min(gamma, self._kinds[0].longest)]
+        return self._law.probability(math.log(left_ns / (cost_ns * self._speed)) - self._caution)
 
-    def begin(self, remaining_ns: int, history: ChunkHistory | None = None) -> bool:
-        """A new chunk starts; what was learned stays."""
-        if self._num_rounds == 0:
-            for _ in range(-(-len(self._ratios) // 4)):
-                self._forget_oldest()
-        self._is_prefill, self._num_rounds = True, 0
-        return remaining_ns > 0
+    @property
+    def _risk(self) -> float:
+        return self._options.aim * self._options.max_late
 
-    def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
-        """The gamma with the most expected tokens per ns that fits, None if not even the cheapest round does."""
-        options = self._options
-        budget_ns = (remaining_ns - options.margin_ns) / self.correction
-        acceptance = (self._hits + options.prior * options.prior_weight) / (self._tries + options.prior_weight)
-        chances: list[float] = acceptance.tolist()
-        longest_path = max(min(tokens_left - 1, options.max_gamma if options.depth is None else options.depth), 0)
-        best, best_rate = -1, 0.0
-        expected, reach = 1.0, 1.0
-        for depth, cost in enumerate(self._predicted_ns[:: options.top_k][: longest_path + 1]):
-            if depth:
-                reach *= chances[depth - 1]
-                expected += reach
-            if cost <= budget_ns and expected > best_rate * cost:
-                best, best_rate = depth, expected / cost
-        if best < 0:
-            return None
-        self._depth = best
-        return Plan(best * options.top_k, best, options.top_k, options.tolerance)
-
-    def record(self, measured: Round) -> None:
-        """Learn costs and acceptance from a finished round."""
-        if self._is_prefill:
-            self._is_prefill = False
+    def _record_prefill(self, total_ns: int) -> None:
+        self._num_prefills_seen += 1
+        if total_ns <= self._given_ns:
+            self._num_refused, self._patience = 0, self._options.patience
+        if self._num_prefills_seen <= self._options.warmup:
             return
-        self._num_rounds += 1
-        drafted, accepted = measured.num_drafted, measured.num_accepted
-        num_tried = min(accepted + 1, drafted, self._depth)  # depths that were judged
-        for counts in (self._hits, self._tries):
-            counts[:num_tried] *= self._options.forget
-            counts[num_tried:] *= self._options.forget_untried
-        self._hits[:accepted] += 1.0
-        self._tries[:num_tried] += 1.0
-        self._num_warm += 1
-        if self._num_warm > self._options.warmup:
-            predicted_ns = self._predicted_ns[min(drafted, len(self._predicted_ns) - 1)]
-            if len(self._ratios) == self._options.window:
-                self._forget_oldest()
-            ratio = max(measured.total_ns, 1) / predicted_ns
-            self._ratios.append(ratio)
-            insort(self._sorted_ratios, ratio)
+        residual = math.log(total_ns / (self._prefill_ns * self._prefill_bias * self._speed))
+        self._prefill_law.record(residual)
+        self._prefill_bias *= 1.0 + 0.02 * _clip(residual)
+        self._follow(residual)
 
-    def _forget_oldest(self) -> None:
-        del self._sorted_ratios[bisect_left(self._sorted_ratios, self._ratios.popleft())]
+    def _follow(self, residual: float) -> None:
+        """Move the device's speed towards what was measured; one stall alone must not change it much."""
+        moved = self._log_speed + self._options.gain * min(max(residual, -MOST_SURPRISE), MOST_SURPRISE)
+        self._log_speed = min(max(moved, FASTEST), SLOWEST)
+        self._speed = math.exp(self._log_speed)
+
+    def _settle(self) -> None:
+        """The last chunk is over: correct the caution by whether it missed, or thaw if nothing could be tried."""
+        if not self._was_begun:
+            return
+        if self._num_rounds == 0:
+            self._law.relax(THAW)
+            self._caution *= 1.0 - THAW
+            return
+        error = (1.0 if self._has_missed else 0.0) - self._risk
+        self._caution = min(max(self._caution + self._options.step_up * error, -MOST_RELIEF), MOST_CAUTION)
+
+    def _budget_risk(self) -> None:
+        """What this chunk may risk, beyond what no plan could avoid: calls longer than all of its time."""
+        x = math.log(self._first_ns / (self._cost_ns[0] * self._speed))
+        self._unavoidable = self._law.probability(max(x, STALL))
+        self._risk_left = self._risk
+        self._need = self._needed(self._risk_left)
+
+    def _needed(self, risk: float) -> float:
+        """Time left / predicted time at which a round's risk is no more than this."""
+        return math.exp(self._law.quantile(max(risk, 0.0) + self._unavoidable) + self._caution)
+
+    def _refresh(self) -> None:
+        """Everything that follows slowly, once per chunk."""
+        self._law.fit()
+        self._prefill_law.fit()
+        self._survival.refresh()
+        round_ns = self._draft_bias * self._draft_ns[self._gammas] + self._host_ns
+        self._cost_ns = (round_ns + self._step_bias * self._step_ns[self._gammas]).tolist()
+        # A drafter may offer less than it was asked for: its drafts are verified at the size that they have.
+        offered = np.cumsum(self._offered) - 1.0
+        self._mean_ns = (
+            round_ns + self._step_bias * np.interp(offered, np.arange(len(offered)), self._step_ns)[self._gammas]
+        ).tolist()
+
+    def _update_row(self, m: int) -> None:
+        """Look ahead again from m decoded tokens."""
+        if m < 1:
+            return
+        needed = math.exp(self._law.quantile(self._risk + self._unavoidable) + self._caution)
+        needs = [needed * cost_ns for cost_ns in self._cost_ns]
+        room = self._num_tokens - m - 1
+        for level, lookahead in enumerate(self._lookaheads):
+            kinds = [
+                (kind.first, self._survival.survival(m, level * len(self._kinds) + i, min(kind.longest, room)))
+                for i, kind in enumerate(self._kinds)
+            ]
+            lookahead.update(m, kinds, self._mean_ns, needs)
 
 
-def _sorted_costs(table: Mapping[Any, Any], least: float = 0.0) -> dict[int, float]:
-    """Lengths ascending; JSON turns them into strings.
+def _clip(change: float) -> float:
+    return min(max(change, -1.0), 1.0)
 
-    Raises:
-        BadConfig: a cost below ``least`` or not finite.
-    """
-    costs = {int(length): float(ns) for length, ns in table.items()}
-    for length, ns in costs.items():
-        if not (math.isfinite(ns) and ns >= least) or length < 0:
-            raise BadConfig(f"cost table: {ns} ns at length {length}; costs are finite and at least {least}")
-    return dict(sorted(costs.items()))
+
+def _check(costs: Costs) -> None:
+    """Raises BadConfig for costs that nothing can be divided by."""
+    for what, cost, least in (
+        ("prefill", costs.prefill, 1.0),
+        *((f"step {n}", cost, 1.0) for n, cost in costs.step.items()),
+        *((f"draft {n}", cost, 0.0) for n, cost in costs.draft.items()),
+    ):
+        for q, ns in cost.items():
+            if not (math.isfinite(ns) and ns >= least):
+                raise BadConfig(f"cost table: {ns} ns for {what} at quantile {q}; valid: finite, {least} or more")
+
+
+def _round_quantiles(costs: Costs, most_nodes: int) -> Quantiles:
+    """The shape of a round's law: cost / median, averaged over sizes; slow drafts are taken to meet slow steps."""
+    sizes = sorted({0, most_nodes // 2, most_nodes})
+    stored = sorted({q for cost in costs.step.values() for q in cost} | {0.5})
+
+    def round_ns(n: int, q: float) -> float:
+        return costs.step_quantile_ns(n + 1, q) + (costs.draft_quantile_ns(n, q) if n else 0.0)
+
+    return {q: float(np.mean([round_ns(n, q) / round_ns(n, 0.5) for n in sizes])) * 1e6 for q in stored}
 
 
 def build(options: Options, parts: Parts) -> DeadlineController:
-    """Needs the cost table, and the target for its longest step."""
-    costs = None if parts.costs is None else parts.costs.medians()
-    return DeadlineController(options, costs, None if parts.target is None else parts.target.max_step)
+    """Needs the cost table, the domain for the chunk's length, and the target for its longest step and trees."""
+    target = parts.target
+    return DeadlineController(
+        options,
+        parts.costs,
+        parts.domain.num_tokens,
+        None if target is None else target.max_step,
+        target is None or target.info.has_tree_mask,
+    )
