@@ -261,28 +261,24 @@ def run_closed_loop(
         if "used_up" in plan.ways:
             runs.append(("used_up", cap, exact, point))
     progress.phase("closed loop", len(tasks) * len(plan.seeds) * len(runs))
-    turn = 0
-    for task in tasks:
-        name = task or config.robot.name
-        wanted = [EpisodeKey(name, seed, way, cap) for seed in plan.seeds for way, cap, _, _ in runs]
-        if all(key in log.episodes for key in wanted):
-            for _ in wanted:
-                progress.step(f"{name}: known")
-            continue
-        robot = assembler.robot(config.robot, task)
-        try:
-            for seed in plan.seeds:
-                turn += 1
-                for way, cap, assembly, tolerance in (*runs[turn % len(runs) :], *runs[: turn % len(runs)]):
-                    key = EpisodeKey(name, seed, way, cap)
-                    if key not in log.episodes:
-                        played: EpisodicRobot = robot
-                        overheard.robot = None
-                        if tolerance is not None:
-                            played = overheard.robot = UsedUpRobot(robot, tolerance, exact.domain, unit)
-                        log.add(key, _episode(assembly, played, seed, plan.max_steps))
-                    progress.step(f"{name} seed {seed} {way} {cap:g}")
-        finally:
+    robots: dict[str | None, EpisodicRobot] = {}
+    try:
+        # Seeds outside, so that what a stopped run leaves behind is about all tasks.
+        for turn, (seed, task) in enumerate(itertools.product(plan.seeds, tasks)):
+            name = task or config.robot.name
+            for way, cap, assembly, tolerance in (*runs[turn % len(runs) :], *runs[: turn % len(runs)]):
+                key = EpisodeKey(name, seed, way, cap)
+                if key not in log.episodes:
+                    if task not in robots:
+                        robots[task] = assembler.robot(config.robot, task)
+                    played = robots[task]
+                    overheard.robot = None
+                    if tolerance is not None:
+                        played = overheard.robot = UsedUpRobot(played, tolerance, exact.domain, unit)
+                    log.add(key, _episode(assembly, played, seed, plan.max_steps))
+                progress.step(f"{name} seed {seed} {way} {cap:g}")
+    finally:
+        for robot in robots.values():
             robot.close()
     overheard.robot = None
 

@@ -23,9 +23,9 @@ RUN_THROUGH = {
 #: These need nothing, so that skipping one would hide a fault.
 NEVER_SKIPPED = {
     "engine": {"toy"},
-    "drafter": {"none", "ngram", "previous_chunk", "jacobi", "toy"},
+    "drafter": {"none", "ngram", "previous_chunk", "jacobi", "kalman", "hybrid", "toy"},
     "rule": {"greedy", "rejection", "typical", "relaxed_bins", "relaxed_physical"},
-    "controller": {"fixed", "adaptive", "deadline"},
+    "controller": {"fixed", "adaptive", "deadline", "kinematic"},
     "tokenizer": {"uniform_bins"},
 }
 

@@ -14,6 +14,7 @@ keys and 0.1 ms for ten thousand, so there is no graph to search.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -110,7 +111,8 @@ class RetrievalIndex:
             BadModel: no such file, cut off, or arrays that contradict each other.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # From memory: the archive reader leaves a broken file open.
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         except FileNotFoundError:
             raise BadModel(f"{path}: no such file; {_HOW}") from None
