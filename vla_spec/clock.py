@@ -82,7 +82,7 @@ class RateKeeper:
             raise BadConfig(f"rate: period is {period_ns} ns; valid: more than 0")
         self._clock, self.period_ns, self._catch_up = clock, period_ns, catch_up
         self.next_ns = clock.now_ns() if start_ns is None else start_ns
-        self.slack_ns = 0
+        self.slack_ns = self.lateness_ns = 0
         self.skip_count = 0
         self.num_ticks = 0
         self._first_ns = self._last_ns = 0
@@ -90,8 +90,9 @@ class RateKeeper:
     def wait(self) -> int:
         """Sleep until the next tick. Returns the tick's *scheduled* time [ns], which late ticks lie behind.
 
-        Sets ``slack_ns``, the time that was left when this was called (negative: the loop's body took too long), and
-        adds to ``skip_count`` each whole period that was missed: dropped, or with ``catch_up`` run late.
+        Sets ``slack_ns``, the time that was left when this was called (negative: the loop's body took too long),
+        ``lateness_ns``, how much later than scheduled the tick begins, and adds to ``skip_count`` each whole period
+        that was missed: dropped, or with ``catch_up`` run late.
         """
         now_ns = self._clock.now_ns()
         self.slack_ns = self.next_ns - now_ns
@@ -105,6 +106,7 @@ class RateKeeper:
             self.skip_count += missed
             self.next_ns += missed * self.period_ns
         scheduled_ns = self.next_ns
+        self.lateness_ns = now_ns - scheduled_ns
         self.next_ns += self.period_ns
         if self.num_ticks == 0:
             self._first_ns = now_ns

@@ -10,10 +10,10 @@ in two mailboxes, so the actor never waits for the planner. The only module that
 
 from __future__ import annotations
 
-import gc
 import queue
-import sys
 import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import TracebackType
@@ -22,12 +22,22 @@ from typing import NamedTuple, Protocol, final
 import numpy as np
 import numpy.typing as npt
 
+from vla_spec.action_space import ActionSpace
 from vla_spec.chunks import ChunkBuffer, ChunkOptions
 from vla_spec.clock import NS_PER_S, Clock, NowNs, RateKeeper, VirtualClock
 from vla_spec.delay import DelayEstimator
 from vla_spec.errors import BadConfig, BadObservation
 from vla_spec.interfaces import ChunkHistory, Robot
 from vla_spec.policy import Policy
+from vla_spec.realtime import (
+    Grant,
+    QuietInterpreter,
+    RealtimeOptions,
+    RealtimeRecord,
+    UsageLog,
+    locked_memory,
+    thread_privileges,
+)
 from vla_spec.trace import PlanRecord
 from vla_spec.types import ActionChunk, Command, Float32, Observation, Provenance, Rung, UInt8
 
@@ -35,8 +45,6 @@ from vla_spec.types import ActionChunk, Command, Float32, Observation, Provenanc
 NO_DEADLINE_NS = 3_600 * NS_PER_S
 #: How long the planner's thread may take to end after it was asked to [s].
 JOIN_TIMEOUT_S = 60.0
-#: Threads hand over the interpreter this often in real time [s]; Python's own 5 ms are most of a control period.
-SWITCH_INTERVAL_S = 0.0005
 
 
 class EpisodicRobot(Robot, Protocol):
@@ -80,6 +88,7 @@ class RuntimeOptions:
             drawing is taken out of the plan's time, like a slow camera.
         stop_on_success: end the episode there.
         chunks: hand-over and holding.
+        realtime: what is asked of the operating system and the interpreter, real time only; None = nothing.
     """
 
     mode: Mode = Mode.LOCK_STEP
@@ -91,6 +100,7 @@ class RuntimeOptions:
     is_observing_free: bool = False
     stop_on_success: bool = True
     chunks: ChunkOptions = field(default_factory=ChunkOptions)
+    realtime: RealtimeOptions | None = None
 
     def __post_init__(self) -> None:
         for name, value, valid in (
@@ -111,6 +121,21 @@ class PlanRequest(NamedTuple):
     history: ChunkHistory | None
 
 
+class PlannerLink(Protocol):
+    """The planner as the actor sees it, in the same process or in another one. Nothing here blocks."""
+
+    is_busy: bool  # from submit until the chunk was polled
+
+    def reset(self) -> None:
+        """A new episode starts."""
+
+    def submit(self, request: PlanRequest) -> None:
+        """Hand over an observation. One at a time: wait for its chunk before the next."""
+
+    def poll(self, now_ns: int) -> ActionChunk | None:
+        """The finished chunk, if it was ready by ``now_ns``."""
+
+
 @final
 class Planner:
     """Answers one observation per tick. `tick` and `wait` belong to the planner's thread, the rest to the actor's."""
@@ -124,6 +149,10 @@ class Planner:
         self._chunks: queue.SimpleQueue[ActionChunk] = queue.SimpleQueue()
         self._held: ActionChunk | None = None
         self.is_busy = False  # written by the actor only: from submit until the chunk was polled
+
+    def reset(self) -> None:
+        """A new episode starts."""
+        self.policy.reset()
 
     def submit(self, request: PlanRequest) -> None:
         """Hand over an observation. One at a time: wait for its chunk before the next."""
@@ -191,7 +220,7 @@ class Actor:
     def __init__(
         self,
         robot: Robot,
-        planner: Planner,
+        planner: PlannerLink,
         buffer: ChunkBuffer,
         execute_horizon: int,
         budget_ns: int,
@@ -217,7 +246,7 @@ class Actor:
         """Start an episode."""
         self.robot.reset(seed)
         self.buffer.reset(now_ns)
-        self.planner.policy.reset()
+        self.planner.reset()
         self.step, self.delays, self.observe_ns, self.last_action = 0, [], [], None
 
     @property
@@ -299,6 +328,7 @@ class EpisodeResult:
             clock; zeros where the clock is virtual.
         num_late_steps: steps that began a whole control period late or more.
         period_ns: control period on the clock, nominal; measured_period_ns: mean of what it was, None if not paced.
+        realtime: how regular its ticks were and what was granted; None if not paced.
     """
 
     seed: int
@@ -316,6 +346,7 @@ class EpisodeResult:
     num_late_steps: int
     period_ns: int
     measured_period_ns: float | None
+    realtime: RealtimeRecord | None = None
 
     @property
     def num_holds(self) -> int:
@@ -329,7 +360,7 @@ class EpisodeResult:
 
 
 @final
-class _Log:
+class StepLog:
     """Per-step arrays of one episode, allocated before it begins."""
 
     def __init__(self, num_steps: int, action_size: int) -> None:
@@ -338,11 +369,14 @@ class _Log:
         self.provenance = np.zeros(num_steps, np.uint8)
         self.chunk_ids = np.zeros(num_steps, np.int32)
         self.slack_ns = np.zeros(num_steps, np.int64)
+        self.lateness_ns = np.zeros(num_steps, np.int64)
 
-    def add(self, command: Command, sent: Float32 | None, slack_ns: int) -> None:
+    def add(self, command: Command, sent: Float32 | None, slack_ns: int, lateness_ns: int = 0) -> None:
+        """One step: what was commanded and, if the robot says so, sent; when it could have begun, and began."""
         i = self.num_steps
         self.actions[i] = command.action if sent is None else sent
-        self.provenance[i], self.chunk_ids[i], self.slack_ns[i] = command.provenance, command.chunk_id, slack_ns
+        self.provenance[i], self.chunk_ids[i] = command.provenance, command.chunk_id
+        self.slack_ns[i], self.lateness_ns[i] = slack_ns, lateness_ns
         self.num_steps += 1
 
 
@@ -381,13 +415,13 @@ def _run_lock_step(
     robot: EpisodicRobot, policy: Policy, clock: Clock, options: RuntimeOptions, seed: int
 ) -> EpisodeResult:
     """The world waits while a plan is made, so each chunk is used from its first action on."""
-    budget_ns = NO_DEADLINE_NS if options.budget_ns is None else options.budget_ns
-    actor, log = _start(robot, policy, options, seed, budget_ns, 0, clock)
+    planner = Planner(policy)
+    actor, log = _start(robot, policy, clock, options, seed, planner)
     while log.num_steps < options.max_steps and not (options.stop_on_success and robot.is_success):
         if actor.look(clock.now_ns()):
-            actor.planner.tick(clock.now_ns())
+            planner.tick(clock.now_ns())
         log.add(actor.tick(clock.now_ns()), actor.last_action, 0)
-    return _result(actor, log, seed, robot.is_success, 0, _period_ns(robot), None)
+    return episode_result(actor, log, seed, robot.is_success, planner.records, step_period_ns(robot.dt_s, options))
 
 
 def _run_virtual(
@@ -398,57 +432,111 @@ def _run_virtual(
     A plan depends on nothing but its observation, so it can be computed at once; its chunk waits in the mailbox until
     the schedule has reached the time at which it was ready.
     """
-    period_ns = _period_ns(robot)
-    reserve = policy.horizon - options.execute_horizon
-    budget_ns = max(1, reserve) * period_ns if options.budget_ns is None else options.budget_ns
+    period_ns = step_period_ns(robot.dt_s, options)
+    planner = Planner(policy)
     start_ns = clock.now_ns()
-    actor, log = _start(robot, policy, options, seed, budget_ns, reserve, clock)
+    actor, log = _start(robot, policy, clock, options, seed, planner)
     if options.is_first_plan_free:
         actor.look(start_ns)
-        actor.planner.tick(start_ns)
+        planner.tick(start_ns)
         start_ns = clock.now_ns()
     while log.num_steps < options.max_steps and not (options.stop_on_success and robot.is_success):
         now_ns = start_ns + log.num_steps * period_ns
         if actor.look(now_ns):
             clock.sleep_until_ns(now_ns)
-            actor.planner.tick(now_ns)
+            planner.tick(now_ns)
         log.add(actor.tick(now_ns), actor.last_action, 0)
     clock.sleep_until_ns(start_ns + log.num_steps * period_ns)
-    return _result(actor, log, seed, robot.is_success, 0, period_ns, None)
+    return episode_result(actor, log, seed, robot.is_success, planner.records, period_ns)
 
 
 def _run_real_time(
     robot: EpisodicRobot, policy: Policy, clock: Clock, options: RuntimeOptions, seed: int
 ) -> EpisodeResult:
-    """Steps follow the wall clock; steps that rendering made late are caught up with what was due at their time."""
-    period_ns = round(_period_ns(robot) / options.time_scale)
-    reserve = policy.horizon - options.execute_horizon
-    budget_ns = max(1, reserve) * period_ns if options.budget_ns is None else options.budget_ns
-    actor, log = _start(robot, policy, options, seed, budget_ns, reserve, clock)
-    with _PlannerThread(actor.planner, clock) as thread, _QuietInterpreter():
+    """Steps follow the wall clock, the planner has a thread of its own."""
+    period_ns = step_period_ns(robot.dt_s, options)
+    planner = Planner(policy)
+    actor, log = _start(robot, policy, clock, options, seed, planner)
+    asked = options.realtime
+    usage = UsageLog(options.max_steps)
+    with ExitStack() as stack:
+        grants = list(stack.enter_context(locked_memory("process", asked is not None and asked.lock_memory)))
+        thread = stack.enter_context(_PlannerThread(planner, clock, asked, options.max_steps))
+        quiet = stack.enter_context(QuietInterpreter(clock.now_ns))
         if options.is_first_plan_free:
             actor.look(clock.now_ns())
             thread.wait_until_idle()
-        keeper = RateKeeper(clock, period_ns, catch_up=True)
-        while log.num_steps < options.max_steps and not (options.stop_on_success and robot.is_success):
-            scheduled_ns = keeper.wait()
-            thread.check()
-            if actor.look(scheduled_ns) and options.is_observing_free:
-                keeper.shift(actor.observe_ns[-1])
-            log.add(actor.tick(scheduled_ns), actor.last_action, keeper.slack_ns)
-    late = keeper.skip_count
-    return _result(actor, log, seed, robot.is_success, late, period_ns, keeper.measured_period_ns)
+        if asked is not None and asked.freeze_gc:
+            grants.append(quiet.freeze("process"))
+        if asked is not None:
+            grants += stack.enter_context(thread_privileges("actor", asked.fifo_priority, asked.actor_cpus))
+        keeper = play_paced(actor, log, robot, clock, options, period_ns, quiet, usage, thread.check)
+    record = RealtimeRecord(
+        period_ns,
+        log.lateness_ns[: log.num_steps],
+        usage.rows,
+        thread.usage.rows[int(options.is_first_plan_free) :],
+        (*grants, *thread.grants),
+        quiet.num_collections,
+        quiet.longest_ns,
+    )
+    return episode_result(actor, log, seed, robot.is_success, planner.records, period_ns, keeper, record)
+
+
+def play_paced(
+    actor: Actor,
+    log: StepLog,
+    robot: EpisodicRobot,
+    clock: Clock,
+    options: RuntimeOptions,
+    period_ns: int,
+    quiet: QuietInterpreter,
+    usage: UsageLog,
+    check: Callable[[], None],
+) -> RateKeeper:
+    """The actor's loop on the wall clock; steps that drawing made late are caught up with what was due at their time.
+
+    Args:
+        actor: has been reset.
+        log: takes one row per step.
+        robot: the actor's.
+        clock: one that runs by itself.
+        options: of the episode.
+        period_ns: control period on the clock.
+        quiet: garbage collection, in the time left before the next step if the options ask for it.
+        usage: of the calling thread.
+        check: called once per step; what it raises ends the loop.
+
+    Returns:
+        The schedule as it was kept.
+    """
+    is_collecting = options.realtime is not None and options.realtime.freeze_gc
+    keeper = RateKeeper(clock, period_ns, catch_up=True)
+    usage.begin()
+    while log.num_steps < options.max_steps and not (options.stop_on_success and robot.is_success):
+        scheduled_ns = keeper.wait()
+        check()
+        if actor.look(scheduled_ns) and options.is_observing_free:
+            keeper.shift(actor.observe_ns[-1])
+        log.add(actor.tick(scheduled_ns), actor.last_action, keeper.slack_ns, keeper.lateness_ns)
+        usage.tick()
+        if is_collecting:
+            quiet.collect_in(keeper.next_ns - clock.now_ns())
+    return keeper
 
 
 @final
 class _PlannerThread:
     """Runs a planner's ticks beside the actor. What it raises is raised again in the actor's thread."""
 
-    def __init__(self, planner: Planner, clock: Clock) -> None:
-        self._planner, self._clock = planner, clock
+    def __init__(self, planner: Planner, clock: Clock, asked: RealtimeOptions | None, max_plans: int) -> None:
+        self._planner, self._clock, self._asked = planner, clock, asked
         self._error: BaseException | None = None
         self._is_idle = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vla_spec planner", daemon=True)
+        #: Of the planner's thread; whole once the thread has ended.
+        self.usage = UsageLog(max_plans + 1)
+        self.grants: tuple[Grant, ...] = ()
 
     def __enter__(self) -> _PlannerThread:
         self._thread.start()
@@ -473,70 +561,94 @@ class _PlannerThread:
         self.check()
 
     def _run(self) -> None:
+        priority, cpus = (0, ()) if self._asked is None else (self._asked.planner_priority, self._asked.planner_cpus)
         try:
-            while self._planner.wait():
-                self._planner.tick(self._clock.now_ns())
-                self._is_idle.set()
+            with ExitStack() as stack:
+                if self._asked is not None:
+                    self.grants = stack.enter_context(thread_privileges("planner", priority, cpus))
+                while self._planner.wait():
+                    self.usage.begin()
+                    self._planner.tick(self._clock.now_ns())
+                    self.usage.tick()
+                    self._is_idle.set()
         except BaseException as error:  # the actor's thread decides
             self._error = error
         finally:
             self._is_idle.set()
 
 
-@final
-class _QuietInterpreter:
-    """While active: no garbage collection pauses, and threads hand over within half a millisecond."""
-
-    def __enter__(self) -> None:
-        self._was_collecting, self._interval_s = gc.isenabled(), sys.getswitchinterval()
-        gc.collect()
-        gc.disable()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        sys.setswitchinterval(self._interval_s)
-        if self._was_collecting:
-            gc.enable()
+def step_period_ns(dt_s: float, options: RuntimeOptions) -> int:
+    """One control step on the clock [ns]; only real time is stretched."""
+    return round(round(dt_s * NS_PER_S) / (options.time_scale if options.mode is Mode.REAL_TIME else 1.0))
 
 
-def _start(
-    robot: EpisodicRobot,
-    policy: Policy,
-    options: RuntimeOptions,
-    seed: int,
-    budget_ns: int,
-    reserve_steps: int,
+def make_actor(
+    robot: Robot,
+    planner: PlannerLink,
+    space: ActionSpace,
+    tokens_per_step: int,
+    horizon: int,
     clock: Clock,
-) -> tuple[Actor, _Log]:
-    buffer = ChunkBuffer(policy.space, policy.adapter.domain.tokens_per_step, options.chunks)
-    # Until a delay was measured: a plan takes as long as it may.
-    initial = 0 if options.mode is Mode.LOCK_STEP else -(-budget_ns // round(_period_ns(robot) / options.time_scale))
-    actor = Actor(
+    options: RuntimeOptions,
+) -> Actor:
+    """An actor with a buffer of its own; an episode begins with its `Actor.reset`.
+
+    Args:
+        robot: where commands go.
+        planner: where chunks come from.
+        space: what an action's numbers mean.
+        tokens_per_step: tokens of one action.
+        horizon: H, actions of a full chunk.
+        clock: to measure observing with.
+        options: of the episode.
+    """
+    period_ns = step_period_ns(robot.dt_s, options)
+    reserve = 0 if options.mode is Mode.LOCK_STEP else horizon - options.execute_horizon
+    budget_ns, delay = options.budget_ns, 0
+    if options.mode is Mode.LOCK_STEP:
+        budget_ns = NO_DEADLINE_NS if budget_ns is None else budget_ns
+    else:
+        budget_ns = max(1, reserve) * period_ns if budget_ns is None else budget_ns
+        delay = -(-budget_ns // period_ns)  # until one was measured: a plan takes as long as it may
+    return Actor(
         robot,
-        Planner(policy),
-        buffer,
+        planner,
+        ChunkBuffer(space, tokens_per_step, options.chunks),
         options.execute_horizon,
         budget_ns,
-        reserve_steps,
-        DelayEstimator(initial=initial),
+        reserve,
+        DelayEstimator(initial=delay),
         now_ns=clock.now_ns,
         is_observing_free=options.is_observing_free and options.mode is Mode.REAL_TIME,
     )
+
+
+def _start(
+    robot: EpisodicRobot, policy: Policy, clock: Clock, options: RuntimeOptions, seed: int, planner: Planner
+) -> tuple[Actor, StepLog]:
+    per_step = policy.adapter.domain.tokens_per_step
+    actor = make_actor(robot, planner, policy.space, per_step, policy.horizon, clock, options)
     actor.reset(seed, clock.now_ns())
-    return actor, _Log(options.max_steps, policy.space.size)
+    return actor, StepLog(options.max_steps, policy.space.size)
 
 
-def _result(
-    actor: Actor, log: _Log, seed: int, success: bool, num_late: int, period_ns: int, measured_ns: float | None
+def episode_result(
+    actor: Actor,
+    log: StepLog,
+    seed: int,
+    success: bool,
+    plans: Sequence[PlanRecord],
+    period_ns: int,
+    keeper: RateKeeper | None = None,
+    realtime: RealtimeRecord | None = None,
 ) -> EpisodeResult:
+    """What an episode came to; ``keeper`` and ``realtime`` only if its steps were paced."""
     n = log.num_steps
     return EpisodeResult(
         seed=seed,
         success=success,
         num_steps=n,
-        plans=tuple(actor.planner.records),
+        plans=tuple(plans),
         observe_ns=np.array(actor.observe_ns, np.int64),
         delay_steps=np.array(actor.delays, np.int32),
         actions=log.actions[:n],
@@ -545,11 +657,8 @@ def _result(
         counts=actor.buffer.counts,
         rungs=actor.buffer.rung_counts,
         slack_ns=log.slack_ns[:n],
-        num_late_steps=num_late,
+        num_late_steps=0 if keeper is None else keeper.skip_count,
         period_ns=period_ns,
-        measured_period_ns=measured_ns,
+        measured_period_ns=None if keeper is None else keeper.measured_period_ns,
+        realtime=realtime,
     )
-
-
-def _period_ns(robot: Robot) -> int:
-    return round(robot.dt_s * NS_PER_S)

@@ -25,7 +25,9 @@ from vla_spec.chunks import ChunkBuffer, HandOver
 from vla_spec.clock import NS_PER_S, VirtualClock
 from vla_spec.config import Config
 from vla_spec.costs import Costs
+from vla_spec.drafters import toy as toy_drafter
 from vla_spec.drafters.toy import ToyDrafter
+from vla_spec.engines.toy import ToyEngine
 from vla_spec.errors import BadConfig, UnknownOption
 from vla_spec.evaluation import first_observation, task_names
 from vla_spec.guard import GuardedDrafter
@@ -67,7 +69,8 @@ MEANING = {
     "comparable_plans": "plans with observation, engine and drafter in order",
     "verified_tokens_per_chunk": "tokens verified in rounds that ended before the deadline, mean over comparable plans",
     "oracle_tokens_per_chunk": "most tokens that could have been verified by then, knowing each call's latency "
-    "and every draft's acceptance, mean over the comparable plans that it was worked out for",
+    "and every draft's acceptance, mean over the comparable plans that it was worked out for; for autoregression with the "
+    "toy engine somebody who drafts as the other modes do",
     "oracle_ratio": "verified tokens / the oracle's, over the same plans",
     "hold_rate": "share of control steps without a plan",
     "violations": "broken invariants; each is a fault of the runtime",
@@ -338,6 +341,11 @@ class _ModeRun:
         self._policy.guard = GuardedDrafter(self._injector.wrap_drafter(assembly.drafter), assembly.domain.vocab_size)
         decoder.drafter = self._policy.guard
         self._checker = Checker(self._policy, assembly.engine, assembly.config.rule, self._clock.now_ns)
+        # What autoregression is measured by: somebody who drafts as the other modes do.
+        self._stand_in: ToyDrafter | None = None
+        if assembly.config.drafter.name == "none" and isinstance(assembly.engine, ToyEngine):
+            toy_parts = replace(parts, target=assembly.engine, seed=assembly.config.seed)
+            self._stand_in = toy_drafter.build(toy_drafter.Options(), toy_parts)
         self._outcomes: list[_Outcome] = []
         self._slowdowns: deque[float] = deque(maxlen=max(1, plan.reaction_plans))
         self._reasons: Counter[str] = Counter()
@@ -400,16 +408,18 @@ class _ModeRun:
         checker.begin_tick(self._num_ticks)
         robot.order(self._num_ticks)
         where = "looking"
+        planner = actor.planner
+        assert isinstance(planner, Planner), f"{type(planner)}"
         try:
             has_looked = actor.look(now_ns)
             checker.received()
             if has_looked:
                 where = "planning"
                 self._clock.sleep_until_ns(now_ns)
-                chunk = actor.planner.tick(now_ns)
+                chunk = planner.tick(now_ns)
                 checker.asked(chunk)
                 if chunk is not None and robot.given is not None:
-                    record = actor.planner.records[-1]
+                    record = planner.records[-1]
                     checker.planned(robot.given, chunk, record, self._injector.charged_ns)
                     self._judge(actor, robot.given, record)
             where = "acting"
@@ -479,7 +489,9 @@ class _ModeRun:
 
     @property
     def _has_oracle(self) -> bool:
-        """The verdict depends on the position alone, and no token is given beforehand."""
+        """The verdict depends on the position alone, no token is given beforehand, and somebody drafts."""
+        if self._assembly.config.drafter.name == "none" and self._stand_in is None:
+            return False
         is_forced = self._assembly.runtime.chunks.hand_over is HandOver.FROZEN_PREFIX
         return self._assembly.config.rule.name == "greedy" and not is_forced
 
@@ -488,8 +500,8 @@ class _ModeRun:
         assembly = self._assembly
         if isinstance(assembly.drafter, ToyDrafter):
             return assembly.drafter.accepted()
-        if assembly.config.drafter.name == "none":
-            return np.zeros(assembly.domain.num_tokens, np.int64)
+        if self._stand_in is not None:
+            return self._stand_in.accepted(self._num_comparable)
         return _accepted_by_trial(assembly, given, history)
 
     def row(self) -> StressRow:
