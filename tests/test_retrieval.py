@@ -9,6 +9,7 @@ from test_kinematics import tokens_of
 
 from vla_spec import cli
 from vla_spec.acceptance.greedy import GreedyRule
+from vla_spec.adapters import toy
 from vla_spec.decoder import SpeculativeDecoder
 from vla_spec.drafters._retrieval_index import RetrievalIndex
 from vla_spec.drafters.hybrid import HybridDrafter
@@ -20,6 +21,7 @@ from vla_spec.kinematics import Motion
 from vla_spec.types import EMPTY_DRAFT, Draft, Plan
 
 D, T = 6, 32
+FOUR = Plan(4, 4)
 
 
 def index_of(features, tokens, key_size=4, model_hash="abc"):
@@ -117,7 +119,7 @@ def drafter(**options):
     return RetrievalDrafter(Options(**options), index_of(np.eye(3, D), CHUNKS, key_size=3), 4)
 
 
-def drafted(made, row, prefix, plan=Plan(4, 4)):
+def drafted(made, row, prefix, plan=FOUR):
     made.begin({}, None)
     prefix = np.array(prefix, np.int32)
     return made.propose(prefix, plan, features_for(row, prefix))
@@ -208,12 +210,13 @@ def demonstrations(folder, adapter, task="push", frames=3):
     (folder / task).mkdir(parents=True)
     example = adapter.example()
     np.savez(
-        folder / task / "0.npz", images=np.stack([example.images] * frames),
+        folder / task / "0.npz", images=rng.integers(0, 256, (frames, *example.images.shape), np.uint8),
         steps=np.arange(0, 2 * frames, 2, dtype=np.int32), state=np.tile(example.state, (2 * frames + 8, 1)),
         labels=rng.uniform(-1, 1, (2 * frames + 8, 4)).astype(np.float32),
     )  # fmt: skip
-    np.savez(folder / task / "1.npz", images=np.zeros((0, 3, 96, 96, 3), np.uint8), steps=np.zeros(0, np.int32),
-             state=np.zeros((9, 4)), labels=np.zeros((9, 4)))  # fmt: skip  # a failure, kept without pictures
+    no_pictures = np.zeros((0, *example.images.shape), np.uint8)  # a failed episode is kept without them
+    nothing = np.zeros((9, 4))
+    np.savez(folder / task / "1.npz", images=no_pictures, steps=np.zeros(0, np.int32), state=nothing, labels=nothing)
 
 
 def run(capsys, *arguments):
@@ -225,16 +228,12 @@ def run(capsys, *arguments):
 
 @pytest.mark.parametrize("chunks", ["target", "demonstration"])
 def test_an_index_is_built_from_demonstrations(capsys, tmp_path, chunks):
-    pytest.importorskip("onnxruntime", reason="needs the extra [run]")
-    from vla_spec.adapters import vla
-    from vla_spec.config import DEFAULT_MODEL, find_model
-
-    adapter = vla.load(find_model(DEFAULT_MODEL))
+    adapter = toy.build(toy.Options())
     demonstrations(tmp_path / "data", adapter)
     out = tmp_path / "index.npz"
     code, text, err = run(
         capsys, "calibrate", "retrieval", "--data", str(tmp_path / "data"), "--episodes", "2", "--every", "1",
-        "--key-size", "2", "--chunks", chunks, "--out", str(out),
+        "--key-size", "2", "--chunks", chunks, "--out", str(out), "--engine", "toy", "--mode", "autoregressive",
     )  # fmt: skip
     assert code == 0, err
     assert text.startswith("3 entries of 2 numbers")
