@@ -68,7 +68,7 @@ class TolerancePlan:
     tasks: tuple[str, ...] | None
     seeds: range
     ways: tuple[str, ...] = WAYS
-    max_steps: int = 120
+    max_steps: int = 200
     num_observations: int = 30
     num_repeats: int = 2
     margin: float = 0.1

@@ -37,7 +37,7 @@ def command(
     ] = "relaxed",
     caps: Annotated[
         str, typer.Option(help="Caps per token to try, comma-separated, in the tokenizer's unit. [m, rad]")
-    ] = "0.0003,0.0006,0.0012,0.0024,0.0048,0.0096",
+    ] = "0.00015,0.0003,0.0006,0.0009,0.0012,0.0096",
     tasks: Tasks = None,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per task and tolerance.")] = 9,
     seed_start: SeedStart = 9000,
@@ -49,7 +49,7 @@ def command(
     ] = "drafted,used_up",
     margin: Annotated[float, typer.Option(help="Success that may be lost against exact decoding. [0..1]")] = 0.1,
     confidence: Annotated[float, typer.Option(help="Of the one-sided bound. [0..1]")] = 0.95,
-    max_steps: Annotated[int, typer.Option(min=1, help="Control steps of an episode at most.")] = 120,
+    max_steps: Annotated[int, typer.Option(min=1, help="Control steps of an episode at most.")] = 200,
     observations: Annotated[int, typer.Option(min=1, help="Recorded observations that every tolerance decodes.")] = 30,
     model: ModelDir = None,
     engine: Engine = None,
