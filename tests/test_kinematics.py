@@ -123,7 +123,7 @@ def test_odd_histories_do_no_harm(size, consumed):
 
 
 def controller(parts=None, **options):
-    return build("controller", "kinematic", parts or toy_parts(), **options)
+    return build("controller", "kinematic", parts or toy_parts(), **{"slow": 0.001, "fast": 0.006, **options})
 
 
 def tolerance(made, history):
@@ -226,7 +226,8 @@ def test_the_base_controller_sizes_drafts_and_stops():
         ({"least": 1.5}, r"least must be in \[0, 1\], got 1.5"),
         ({"slow": 0.01, "fast": 0.005}, "need 0 <= slow < fast, got 0.01 and 0.005"),
         ({"window": 0}, "window must be more than 0, got 0"),
-        ({"leave_after": 0}, "leave_after must be 1 or more rounds"),
+        ({"leave_after": 0}, "leave_after must be more than 0"),
+        ({"leave_steps": -1}, "leave_steps must be 0 or more"),
         ({"leave_pause": 0}, "leave_pause must be more than 0"),
         ({"base": {"gamma": 3}}, "base: expected a name"),
     ],
@@ -246,7 +247,7 @@ def test_errors_in_the_base_name_their_path():
 
 
 def leaving(**options):
-    return controller(**{"leave_after": 2, "leave_pause": 2, "schedule": "time", **options})
+    return controller(**{"leave_steps": 8, "leave_after": 2, "leave_pause": 2, "schedule": "time", **options})
 
 
 def chunk(made, history, num_rounds=5):
@@ -275,6 +276,14 @@ def test_chunks_are_left_only_where_the_arm_is_fast():
     made = leaving(schedule="speed", leave_above=0.5, leave_pause=1)
     fast, slow = history_of([[0.9, 0, 0]] * 8), history_of([[0.01, 0, 0]] * 8)
     assert [chunk(made, history) for history in (slow, slow, fast, slow, fast)] == [False, False, True, False, True]
+
+
+def test_no_more_is_left_than_so_many_steps():
+    made = leaving(leave_steps=2)
+    made.begin(LONG, ChunkHistory(np.full(32, 130, np.int32), 0))
+    for measured in (PREFILL, ROUND, ROUND):
+        made.record(measured)
+    assert [made.plan(LONG, left).gamma < 0 for left in (20, 9, 8, 1)] == [False, False, True, True]
 
 
 def test_without_time_it_stops_and_does_not_leave():

@@ -33,16 +33,18 @@ class Options:
         least: tolerance of the tight end, as a share of the base controller's; also where nothing is known of the
             motion yet (the first chunk of an episode), except for `time`. KERV: 3 of 15 bins.
         is_delta: actions are increments; False = positions.
-        slow, fast: speed of the tight and of the loose end. [physical unit per control step]
+        slow, fast: speed of the tight and of the loose end; the defaults are the 5th percentile and the median over the
+            shipped policy's demonstrations. [physical unit per control step]
         window: steps that `boundary` looks back over. HeiSD: 15.
-        radius, length: mean radius and path length of the window that count as 1 in `boundary`; a 95th percentile over
-            episodes, as HeiSD takes it. [physical unit]
+        radius, length: mean radius and path length of the window that count as 1 in `boundary`; the defaults are the
+            95th percentiles over the same demonstrations, as HeiSD takes them. [physical unit]
         radius_share: weight of the radius in F, the rest is the path length's. HeiSD: 0.5.
         duration: steps until `time` is at its tight end; KERV: 220 to 300, an episode.
         revised: revision at which `revision` has fallen to 1/e of its range. [physical unit, L1 over steps]
         sharpness: exponent phi of `revision`.
-        leave_after: rounds behind the prefill after which the rest of the chunk is left to the drafter, unverified;
-            None = never. KERV: 1. The policy bounds such a tail and labels it DRAFTED.
+        leave_steps: control steps at the chunk's end that may be left to the drafter, unverified; 0 = none. KERV: 1.
+            The policy bounds such a tail and labels it DRAFTED.
+        leave_after: rounds behind the prefill before that; at least 1. KERV: 1.
         leave_pause: chunks that are verified whole between two that are not; at least 1. KERV: 4.
         leave_above: leave only where the schedule is at least this; 1 = at its loose end only. [0..1]
     """
@@ -51,16 +53,17 @@ class Options:
     schedule: Schedule = "speed"
     least: float = 0.2
     is_delta: bool = True
-    slow: float = 0.001
-    fast: float = 0.006
+    slow: float = 0.003
+    fast: float = 0.010
     window: int = 15
-    radius: float = 0.025
-    length: float = 0.1
+    radius: float = 0.062
+    length: float = 0.25
     radius_share: float = 0.5
     duration: int = 200
     revised: float = 0.004
     sharpness: float = 1.0
-    leave_after: int | None = None
+    leave_steps: int = 0
+    leave_after: int = 1
     leave_pause: int = 4
     leave_above: float = 0.0
 
@@ -72,13 +75,13 @@ class Options:
         for name in ("least", "radius_share", "leave_above"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise BadConfig(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("radius", "length", "revised", "sharpness", "window", "duration", "leave_pause"):
+        for name in ("radius", "length", "revised", "sharpness", "window", "duration", "leave_after", "leave_pause"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} must be more than 0, got {getattr(self, name)}")
         if not 0.0 <= self.slow < self.fast:
             raise BadConfig(f"need 0 <= slow < fast, got {self.slow} and {self.fast}")
-        if self.leave_after is not None and self.leave_after < 1:
-            raise BadConfig(f"leave_after must be 1 or more rounds, or null for never, got {self.leave_after}")
+        if self.leave_steps < 0:
+            raise BadConfig(f"leave_steps must be 0 or more, got {self.leave_steps}")
 
 
 @final
@@ -97,6 +100,7 @@ class KinematicController:
 
     def __init__(self, options: Options, base: DeadlineController, motion: Motion, tokens_per_step: int) -> None:
         self._options, self._base = options, base
+        self._most_left = options.leave_steps * tokens_per_step
         self._played = PlayedSteps(motion, tokens_per_step, options.window)
         self._since_left = options.leave_pause  # chunks verified whole since one was left
         self._num_rounds = 0  # behind the prefill of this chunk
@@ -122,7 +126,7 @@ class KinematicController:
         self._has_left = False
         self._num_rounds = -1  # the prefill comes first
         self._may_leave = (
-            options.leave_after is not None
+            self._most_left > 0
             and history is not None
             and self._since_left >= options.leave_pause
             and self.looseness >= options.leave_above
@@ -134,7 +138,7 @@ class KinematicController:
         plan = self._base.plan(remaining_ns, tokens_left)
         if plan is None or plan.gamma < 0:
             return plan
-        if self._may_leave and self._options.leave_after is not None and self._num_rounds >= self._options.leave_after:
+        if self._may_leave and tokens_left <= self._most_left and self._num_rounds >= self._options.leave_after:
             self._has_left = True
             self.num_left += 1
             return LEAVE_REST

@@ -26,7 +26,8 @@ class Options:
         slow: the other one; also where nothing is known of the motion yet.
         switch_at: of F. [0..1]
         window: steps that F looks back over. HeiSD: 15.
-        radius, length: mean radius and path length of the window that count as 1. [physical unit]
+        radius, length: mean radius and path length of the window that count as 1; the defaults are 95th percentiles
+            over the shipped policy's demonstrations. [physical unit]
         radius_share: weight of the radius in F. HeiSD: 0.5.
         is_delta: actions are increments; False = positions.
     """
@@ -35,8 +36,8 @@ class Options:
     slow: str | dict[str, Any] = "ngram"
     switch_at: float = 0.5
     window: int = 15
-    radius: float = 0.025
-    length: float = 0.1
+    radius: float = 0.062
+    length: float = 0.25
     radius_share: float = 0.5
     is_delta: bool = True
 
