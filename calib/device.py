@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ def this_device() -> Device:
     """The machine as far as the system tells; asks once."""
     return Device(
         cpu=doctor.cpu_model(),
-        cores=doctor.num_cores(),
+        cores=os.cpu_count(),  # of the machine: a process that is tied to some of them is on the same device
         gpu=doctor.gpu_name(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         memory=f"{doctor.memory_gib():.1f} GiB" if doctor.memory_gib() else None,
