@@ -341,3 +341,15 @@ def test_the_report_leaves_out_what_was_not_measured(capsys):
     assert row.split() == ["prefill", "1.00", "-", "-", "-", "1.00"]
     assert "draft 31" in out
     assert "n = 2 behind 2 of warm-up; first prefill 10.00 ms" in out
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processor affinity here")
+def test_a_process_that_is_tied_to_one_core_is_on_the_same_device():
+    allowed = os.sched_getaffinity(0)
+    here = this_device()
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        this_device.cache_clear()
+        assert this_device().is_same_as(here)
+    finally:
+        os.sched_setaffinity(0, allowed)
