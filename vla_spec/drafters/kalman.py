@@ -28,7 +28,8 @@ class Options:
         complete: `rest`: only where all missing tokens of the chunk are asked for, as the policy does for a tail that
             nobody verifies; `always`: also drafts that will be verified, at the price of longer steps.
         context: control steps that the filter looks back, the previous chunk's included. KERV: 10. [steps]
-        acceleration_noise: standard deviation of the change of speed per step. Large follows turns, and noise too.
+        acceleration_noise: standard deviation of the change of speed per step. Large follows turns, and noise too; the
+            default and that of ``damping`` gave the least error on demonstrations, docs/tolerance.md.
             [action units per step]
         measurement_noise: standard deviation of an action around the smooth motion; only its ratio to the other
             matters. [action units]
@@ -38,7 +39,7 @@ class Options:
     base: str | dict[str, Any] | None = None
     complete: Literal["rest", "always"] = "rest"
     context: int = 10
-    acceleration_noise: float = 0.05
+    acceleration_noise: float = 0.2
     measurement_noise: float = 0.05
     damping: float = 0.8
 
