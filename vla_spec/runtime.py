@@ -396,19 +396,31 @@ def run_episode(
         BadConfig: the mode and the clock don't fit, or ``execute_horizon`` is longer than a chunk.
     """
     options = options or RuntimeOptions()
-    if not 1 <= options.execute_horizon <= policy.horizon:
-        raise BadConfig(
-            f"runtime.execute_horizon is {options.execute_horizon}; valid: 1..{policy.horizon}, a chunk's steps"
-        )
+    check_options(options, policy.horizon, clock)
+    run = {Mode.LOCK_STEP: _run_lock_step, Mode.VIRTUAL: _run_virtual, Mode.REAL_TIME: _run_real_time}[options.mode]
+    result = run(robot, policy, clock, options, seed)
+    policy.trace.flush()
+    return result
+
+
+def check_options(options: RuntimeOptions, horizon: int, clock: Clock) -> None:
+    """Refuse what can't be run.
+
+    Args:
+        options: of an episode.
+        horizon: H, actions of a full chunk.
+        clock: that the policy was built with.
+
+    Raises:
+        BadConfig: the mode and the clock don't fit, or ``execute_horizon`` is longer than a chunk.
+    """
+    if not 1 <= options.execute_horizon <= horizon:
+        raise BadConfig(f"runtime.execute_horizon is {options.execute_horizon}; valid: 1..{horizon}, a chunk's steps")
     is_virtual = isinstance(clock, VirtualClock)
     if options.mode is Mode.VIRTUAL and not is_virtual:
         raise BadConfig("runtime.mode virtual needs a VirtualClock, the one that the policy was built with")
     if options.mode is Mode.REAL_TIME and is_virtual:
         raise BadConfig("runtime.mode real_time needs a clock that runs by itself, such as MonotonicClock")
-    run = {Mode.LOCK_STEP: _run_lock_step, Mode.VIRTUAL: _run_virtual, Mode.REAL_TIME: _run_real_time}[options.mode]
-    result = run(robot, policy, clock, options, seed)
-    policy.trace.flush()
-    return result
 
 
 def _run_lock_step(
