@@ -23,6 +23,8 @@ def engine_identity(config: Config, engine: Engine) -> EngineIdentity:
 def draft_shape(config: Config) -> Plan:
     """Shape of the trees that the mode's controller asks for: ``top_k`` and ``depth`` (0 = as long as gamma)."""
     options = as_options(config.controller.options)
+    base = options.get("base")  # of a controller that leaves sizing to another one
+    options = {**options, **base} if isinstance(base, dict) else options
     return Plan(gamma=0, depth=_largest(options.get("depth"), 0), top_k=_largest(options.get("top_k"), 1))
 
 

@@ -325,3 +325,13 @@ def test_the_decoder_says_that_it_was_told_to_leave():
     decoded = policy.decoder.decode({}, NO_DEADLINE_NS, ChunkHistory(np.zeros(T, np.int32), 0))
     assert decoded.stop is StopReason.LEFT
     assert len(decoded.tokens) == 2
+
+
+def test_cost_tables_know_the_shape_of_the_base_controllers_trees():
+    from vla_spec.calib.identity import draft_shape
+
+    base = {"name": "fixed", "gamma": 31, "depth": 4, "top_k": 8}
+    config = resolve({"engine": "toy", "robot": "toy", "controller": {"name": "kinematic", "base": base}})
+    assert draft_shape(config)[1:3] == (4, 8)
+    config = resolve({"engine": "toy", "robot": "toy", "controller": {"name": "kinematic", "base": "fixed"}})
+    assert draft_shape(config)[1:3] == (0, 1)
