@@ -185,7 +185,8 @@ class ToyEngine:
         rows = np.array([(state >> 20) % _NUM_ROWS for state in states])  # [n]
         last = len(self._plan) - 1
         best = self._plan[np.minimum(positions, last)] + self._surprise[rows]
-        np.clip(best, 0, self._num_bins - 1, out=best)
+        np.maximum(best, 0, out=best)  # the two are five times as fast as np.clip on a handful of numbers
+        np.minimum(best, self._num_bins - 1, out=best)
         logits = self._shapes[best]  # [n, V]
         logits += self._noise[rows]
         features = self._feature_table[[(state >> 40) % _NUM_ROWS for state in states]]  # [n, D]

@@ -7,6 +7,7 @@ what a call that was never made would have taken can be asked for in hindsight.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
@@ -148,13 +149,11 @@ class Weather:
         self._draft = [[costs.draft_quantile_ns(n, q) for q in levels] for n in range(longest + 1)]
         self._regimes = overriding(faults, "slowdown")
         self._shocks = overriding(faults, "call_ns")
+        self._asked, self._answer = -1, [1.0] * len(self._regimes)
 
     def slowdown(self, plan: int) -> float:
         """Product of all regimes."""
-        factor = 1.0
-        for fault in self._regimes:
-            factor *= fault.slowdown(plan)
-        return factor
+        return math.prod(self._factors(plan))
 
     def is_struck_unforeseeably(self, plan: int, num_rounds: int) -> bool:
         """Some fault that nobody could see coming changes one of the first calls of this plan."""
@@ -186,10 +185,16 @@ class Weather:
 
     def count_regimes(self, plan: int, struck: set[Fault]) -> None:
         """Count the regimes that a plan runs under."""
-        for fault in self._regimes:
-            if fault.slowdown(plan) != 1.0:
+        for fault, factor in zip(self._regimes, self._factors(plan), strict=True):
+            if factor != 1.0:
                 fault.fired += 1
                 struck.add(fault)
+
+    def _factors(self, plan: int) -> list[float]:
+        """Of each regime; remembered for the plan that was asked about last."""
+        if self._asked != plan:
+            self._asked, self._answer = plan, [fault.slowdown(plan) for fault in self._regimes]
+        return self._answer
 
     def _undisturbed_ns(self, call: Call) -> float:
         if call.kind is CallKind.PREFILL:

@@ -109,8 +109,9 @@ class Checker:
         self._tick = tick
 
     def failed(self, where: str, error: Exception) -> None:
-        """Something was raised that should not have been."""
+        """Something was raised that should not have been, and the control step was left without a command."""
         self._violate("exception", f"{where}: {type(error).__name__}: {error}")
+        self._violate("answer", "no command was sent")
 
     def asked(self, chunk: ActionChunk | None) -> None:
         """An observation was handed over, and this came of it."""

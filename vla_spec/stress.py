@@ -21,7 +21,7 @@ import yaml
 
 from vla_spec import __version__, config, plugins
 from vla_spec.assemble import Assembler, Assembly
-from vla_spec.chunks import ChunkBuffer, HandOver
+from vla_spec.chunks import HandOver
 from vla_spec.clock import NS_PER_S, VirtualClock
 from vla_spec.config import Config
 from vla_spec.costs import Costs
@@ -38,7 +38,7 @@ from vla_spec.metrics import MODEL_DRAFTERS
 from vla_spec.oracle import best_tokens
 from vla_spec.progress import Reporter
 from vla_spec.results import FORMAT, RUNS_DIR, environment, percentiles, point_latest_to, wilson_interval, write_text
-from vla_spec.runtime import Actor, EpisodicRobot, Planner
+from vla_spec.runtime import Actor, EpisodicRobot, Planner, make_actor
 from vla_spec.trace import PlanRecord, write_json
 from vla_spec.types import Int32, Observation, Plan
 
@@ -69,8 +69,8 @@ MEANING = {
     "comparable_plans": "plans with observation, engine and drafter in order",
     "verified_tokens_per_chunk": "tokens verified in rounds that ended before the deadline, mean over comparable plans",
     "oracle_tokens_per_chunk": "most tokens that could have been verified by then, knowing each call's latency "
-    "and every draft's acceptance, mean over the comparable plans that it was worked out for; for autoregression with the "
-    "toy engine somebody who drafts as the other modes do",
+    "and every draft's acceptance, mean over the comparable plans that it was worked out for; autoregression is held "
+    "against somebody who drafts as the other modes do (toy engine only)",
     "oracle_ratio": "verified tokens / the oracle's, over the same plans",
     "hold_rate": "share of control steps without a plan",
     "violations": "broken invariants; each is a fault of the runtime",
@@ -374,10 +374,10 @@ class _ModeRun:
         """Same steps as `runtime.run_episode` in virtual time, with a look over their shoulder at each."""
         plan, clock, policy, runtime = self._plan, self._clock, self._policy, self._assembly.runtime
         period_ns = self._period_ns = round(robot.dt_s * NS_PER_S)
-        buffer = ChunkBuffer(policy.space, self._assembly.domain.tokens_per_step, runtime.chunks)
-        assert runtime.budget_ns is not None, "virtual time has a deadline"
-        reserve = policy.horizon - runtime.execute_horizon
-        actor = Actor(robot, Planner(policy), buffer, runtime.execute_horizon, runtime.budget_ns, reserve)
+        planner = Planner(policy)
+        per_step = self._assembly.domain.tokens_per_step
+        actor = make_actor(robot, planner, policy.space, per_step, policy.horizon, clock, runtime)
+        buffer = actor.buffer
         start_ns = clock.now_ns()
         actor.reset(plan.seed + self._num_episodes, start_ns)
         checker = self._checker
@@ -385,7 +385,7 @@ class _ModeRun:
         is_over = False
         while not is_over:
             now_ns = start_ns + actor.step * period_ns
-            is_sound = self._tick(robot, actor, now_ns)
+            is_sound = self._tick(robot, actor, planner, now_ns)
             self._num_ticks += 1
             if self._num_ticks % REPORT_EVERY == 0:
                 progress.step(f"{self._assembly.config.mode}: {sum(checker.counts.values())} violations")
@@ -402,14 +402,12 @@ class _ModeRun:
         for name in ("accepted", "stale", "out_of_order", "shifted"):
             self._chunks[name] += getattr(buffer, f"num_{name}")
 
-    def _tick(self, robot: FaultyRobot, actor: Actor, now_ns: int) -> bool:
+    def _tick(self, robot: FaultyRobot, actor: Actor, planner: Planner, now_ns: int) -> bool:
         """One control step. False: something was raised, and the episode can't go on."""
         checker = self._checker
         checker.begin_tick(self._num_ticks)
         robot.order(self._num_ticks)
         where = "looking"
-        planner = actor.planner
-        assert isinstance(planner, Planner), f"{type(planner)}"
         try:
             has_looked = actor.look(now_ns)
             checker.received()

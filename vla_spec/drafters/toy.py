@@ -42,8 +42,9 @@ class ToyDrafter:
     """Owns a twin of the target and decodes the chunk ahead, once. Not thread-safe."""
 
     def __init__(self, options: Options, twin: ToyEngine, num_tokens: int, vocab_size: int, seed: int) -> None:
-        self._options, self._twin = options, twin
+        self._twin = twin
         self._num_tokens, self._vocab_size, self._seed = num_tokens, vocab_size, seed
+        self._chance = options.error + options.growth * np.arange(num_tokens)  # [T] by draft position
         self._num_chunks = 0
         self._inputs: EngineInputs | None = None
         self._path = np.zeros(0, np.int32)  # the target's greedy choices after some prefix; empty = not decoded yet
@@ -52,7 +53,7 @@ class ToyDrafter:
     def begin(self, inputs: EngineInputs, history: ChunkHistory | None) -> None:
         """A new chunk starts."""
         self._inputs, self._path = inputs, np.zeros(0, np.int32)
-        self._luck = np.random.default_rng([self._seed, self._num_chunks]).random(self._num_tokens)
+        self._luck = self._draw(self._num_chunks)
         self._num_chunks += 1
 
     def propose(self, prefix: Int32, plan: Plan, features: object | None) -> Draft:
@@ -64,24 +65,31 @@ class ToyDrafter:
         if len(self._path) < m or (self._path[:m] != prefix).any():
             self._path = self._decode(self._inputs, prefix)
         tokens = self._path[m : m + n].copy()
-        wrong = self._is_wrong(m, n)
+        wrong = self._is_wrong(self._luck[m : m + n])
         tokens[wrong] = np.where(tokens[wrong] > 0, tokens[wrong] - 1, 1)
         return Draft.chain(tokens)
 
-    def accepted(self) -> npt.NDArray[np.int64]:
-        """How much of a long draft an exact rule accepts in this chunk, by chunk position; int64 [T].
+    def accepted(self, chunk: int | None = None) -> npt.NDArray[np.int64]:
+        """How much of a long draft an exact rule accepts, by chunk position; int64 [T].
 
         Entry m is for a draft that starts when m tokens are decoded.
+
+        Args:
+            chunk: number of the chunk, as `begin` counts them; None = this one.
         """
+        luck = self._luck if chunk is None else self._draw(chunk)
         counts = np.zeros(self._num_tokens, np.int64)
         for m in range(self._num_tokens):
-            wrong = self._is_wrong(m, self._num_tokens - m)
+            wrong = self._is_wrong(luck[m:])
             counts[m] = int(wrong.argmax()) if wrong.any() else len(wrong)
         return counts
 
-    def _is_wrong(self, m: int, n: int) -> npt.NDArray[np.bool_]:
-        chance = self._options.error + self._options.growth * np.arange(n)
-        return np.asarray(self._luck[m : m + n] < chance)
+    def _draw(self, chunk: int) -> npt.NDArray[np.float64]:
+        return np.random.default_rng([self._seed, chunk]).random(self._num_tokens)
+
+    def _is_wrong(self, luck: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """Where a draft over these positions is wrong."""
+        return np.asarray(luck < self._chance[: len(luck)])
 
     def _decode(self, inputs: EngineInputs, prefix: Int32) -> Int32:
         """The prefix, then what the target would choose greedily; int32 [T]."""
