@@ -53,7 +53,7 @@ class Distribution:
 
     def quantile_ms(self, q: float) -> float:
         """The value of nearest rank, whatever the number of values [ms]."""
-        return _quantile_ns(*decode(self, "distribution"), q) / NS_PER_MS
+        return _at_rank(*_steps(*decode(self, "distribution")), q) / NS_PER_MS
 
 
 def num_needed(q: float) -> int:
@@ -104,19 +104,18 @@ def decode(stored: Distribution, where: str) -> tuple[Any, Any]:
 
 def curve(stored: Distribution) -> tuple[list[float], list[float]]:
     """Shares of the values (rising, in (0, 1]) and the values at or below which they lie [ms], one pair per bucket."""
-    above, below = decode(stored, "distribution")
-    steps = [(-ns, count) for ns, count in reversed(_buckets(below))] + _buckets(above)
-    shares = np.cumsum([count for _, count in steps]) / stored.n
-    return shares.tolist(), [ns / NS_PER_MS for ns, _ in steps]
+    values, counts = _steps(*decode(stored, "distribution"))
+    return (counts.cumsum() / stored.n).tolist(), (values / NS_PER_MS).tolist()
 
 
 def _summarised(above: Any, below: Any, least_ns: float, most_ns: float, mean_ns: float) -> Distribution:
-    n = above.get_total_count() + below.get_total_count()
+    values, counts = _steps(above, below)
+    n = int(counts.sum())
 
     def at(q: float) -> float | None:
         if n < num_needed(q):
             return None
-        return _ms(min(max(_quantile_ns(above, below, q), least_ns), most_ns))
+        return _ms(min(max(_at_rank(values, counts, q), least_ns), most_ns))
 
     return Distribution(
         n=n,
@@ -129,23 +128,30 @@ def _summarised(above: Any, below: Any, least_ns: float, most_ns: float, mean_ns
     )
 
 
-def _quantile_ns(above: Any, below: Any, q: float) -> float:
-    """The value of rank ceil(q n); ranks below zero are counted from the largest magnitude."""
-    num_below, num_above = below.get_total_count(), above.get_total_count()
-    rank = max(1, math.ceil(q * (num_below + num_above) - 1e-9))
-    if rank <= num_below:
-        return -float(below.get_value_at_percentile(100 * (num_below - rank + 1) / num_below))
-    return float(above.get_value_at_percentile(100 * (rank - num_below) / num_above))
+def _at_rank(values: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], q: float) -> float:
+    """The value of rank ceil(q n)."""
+    rank = max(1, math.ceil(q * int(counts.sum()) - 1e-9))
+    return float(values[np.searchsorted(counts.cumsum(), rank)])
 
 
-def _buckets(histogram: Any) -> list[tuple[int, int]]:
-    """(largest value of the bucket, values in it), rising; empty buckets are left out."""
+def _steps(above: Any, below: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Values [buckets], rising, and how many there are of each; empty buckets are left out."""
+    magnitudes, num_below = _buckets(below)
+    values, num_above = _buckets(above)
+    return np.concatenate((-magnitudes[::-1], values)), np.concatenate((num_below[::-1], num_above))
+
+
+def _buckets(histogram: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Largest value of each bucket that is not empty, rising, and its count.
+
+    The library's own iterators visit every bucket in Python, 10 ms each time; NumPy sees the same array at once.
+    """
     if not histogram.get_total_count():
-        return []
-    return [
-        (int(item.value_iterated_to), int(item.count_at_value_iterated_to))
-        for item in histogram.get_recorded_iterator()
-    ]
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    counts = np.ctypeslib.as_array(histogram.counts).astype(np.int64)
+    (filled,) = np.nonzero(counts)
+    largest = [histogram.get_highest_equivalent_value(histogram.get_value_from_index(int(i))) for i in filled]
+    return np.array(largest, np.int64), counts[filled]
 
 
 def _new() -> Any:

@@ -13,15 +13,7 @@ from vla_spec.profiling.constraints import Check
 from vla_spec.profiling.histograms import FIX
 from vla_spec.profiling.plots import draw_plots, draw_waterfalls
 from vla_spec.profiling.profile import MEANING, Profile
-from vla_spec.profiling.tables import (
-    change_table,
-    check_table,
-    cold_table,
-    latency_table,
-    loop_table,
-    stage_table,
-    tracing_table,
-)
+from vla_spec.profiling.tables import change_table, check_table, main_tables, stage_table
 from vla_spec.report import TEMPLATES
 from vla_spec.results import write_text
 
@@ -55,7 +47,6 @@ def render(profile: Profile, checks: tuple[Check, ...] = (), compared: ProfileCo
     def inline(plots: list[Any]) -> list[Any]:
         return [plot._replace(svg=markupsafe.Markup(plot.svg)) for plot in plots]
 
-    tables = [latency_table(profile), cold_table(profile), loop_table(profile), tracing_table(profile)]
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -71,7 +62,7 @@ def render(profile: Profile, checks: tuple[Check, ...] = (), compared: ProfileCo
         observations=f"{profile.num_observations} recorded observations of {', '.join(profile.tasks)}",
         verdicts=[table for table in (check_table(checks), change_table(compared) if compared else None) if table],
         warnings=compared.warnings if compared else (),
-        tables=[table for table in tables if table.rows],
+        tables=[table for table in main_tables(profile) if table.rows],
         stages=[stage_table(profile, name) for name in profile.loads],
         notes=profile.notes,
         loads=profile.loads,

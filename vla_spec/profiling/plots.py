@@ -77,10 +77,10 @@ def draw_waterfalls(profile: Profile) -> list[Plot]:
         if rows:
             drawn.append(
                 _figure(
-                    lambda axes, rows=rows: _bars(axes, rows),  # type: ignore[misc]
+                    lambda axes, rows=rows, own=own: _bars(axes, rows, own.deadline_ms),  # type: ignore[misc]
                     f"waterfall-{mode}",
-                    f"{mode}: a typical plan and the slowest ones. Numbers at the end: length, times that the core was "
-                    f"taken away (s), page faults (f).",
+                    f"{mode}: a typical plan and the slowest ones; dotted: the deadline. Preempted: times that the "
+                    f"system took the core away.",
                     (_WIDE, 0.9 + 0.34 * len(rows)),
                 )
             )
@@ -107,6 +107,7 @@ def _percentiles(axes: Any, found: Sequence[tuple[str, str, Distribution]], prof
     axes.set_xticks([1 / (1 - share) for share in ticks], [f"{100 * share:.6g} %" for share in ticks])
     axes.minorticks_off()
     axes.set_xlim(1, most * 1.05)
+    axes.set_xlabel("percentile")
     axes.set_ylabel("ms")
     if all(stored.min_ms >= 0 for _, _, stored in found):
         axes.set_ylim(bottom=0)
@@ -145,7 +146,7 @@ def _over_time(axes: Any, profile: Profile) -> None:
     axes.set_xlabel("since the condition began [s]")
     axes.set_ylabel("ms")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=7, columnspacing=1.0)
 
 
 def _stage_means(axes: Any, profile: Profile) -> None:
@@ -189,22 +190,28 @@ def _cold(axes: Any, profile: Profile) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _bars(axes: Any, rows: Sequence[tuple[str, Waterfall]]) -> None:
+def _bars(axes: Any, rows: Sequence[tuple[str, Waterfall]], deadline_ms: float) -> None:
     for i, (_, fall) in enumerate(rows):
         end = 1e3 * fall.chunk_ms
-        axes.barh(i, end / 1e3, 0.7, color=_stage_colour(BETWEEN), linewidth=0)
+        axes.broken_barh([(0.0, end / 1e3)], (i - 0.35, 0.7), color=_stage_colour(BETWEEN), linewidth=0)
+        for stage in STAGES:  # one collection per stage: a plan of 32 rounds has 130 bars
+            spans = [(bar.start_us / 1e3, bar.duration_us / 1e3) for bar in fall.bars if bar.stage == stage]
+            if spans and stage != "hand_over":
+                axes.broken_barh(spans, (i - 0.35, 0.7), color=_stage_colour(stage), linewidth=0)
         for bar in fall.bars:
-            if bar.stage != "hand_over":
-                axes.barh(i, bar.duration_us / 1e3, 0.7, left=bar.start_us / 1e3, color=_stage_colour(bar.stage))
-            if bar.stage == "step" and bar.start_us:
+            if bar.stage == "step" and bar.drafted:
                 axes.text(
                     (bar.start_us + bar.duration_us / 2) / 1e3, i, str(bar.accepted), ha="center", va="center",
                     fontsize=6, color="white", clip_on=True,
                 )  # fmt: skip
-        axes.text(end / 1e3, i, f" {fall.chunk_ms:.1f} ms {fall.switches}s {fall.faults}f", va="center", fontsize=7)
+        said = f" {fall.chunk_ms:.1f} ms"
+        said += f", preempted {fall.switches}×" if fall.switches else ""
+        said += f", {fall.faults} page faults" if fall.faults else ""
+        axes.text(end / 1e3, i, said, va="center", fontsize=7)
+    axes.axvline(deadline_ms, color="#555", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.12, y=0.02)
+    axes.margins(x=0.16, y=0.02)
     axes.set_xlabel("ms since the observation was handed over; numbers in steps: accepted tokens")
     axes.grid(axis="y", visible=False)
     _stage_legend(axes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from vla_spec.assemble import Assembler, Assembly
 from vla_spec.calib.background_load import BackgroundLoad
 from vla_spec.comparison import WARMUP_PLANS, Sample, make_samples
 from vla_spec.config import Config, as_tree
+from vla_spec.doctor import num_cores
 from vla_spec.errors import BadConfig, VlaSpecError
 from vla_spec.evaluation import (
     baseline_of,
@@ -45,6 +48,8 @@ from vla_spec.types import Observation, Rung
 
 #: What becomes of plans that take longer than their deadline.
 LATE = ("count", "cut")
+#: Load average from which on a machine does not count as idle.
+MOST_LOAD_AVERAGE = 0.5
 #: Drawn stage by stage: one typical plan and this many of the slowest.
 NUM_SLOWEST_DRAWN = 3
 #: Tasks that observations are recorded in if none are named; evenly spread over those offered.
@@ -130,6 +135,7 @@ def profile(plan: ProfilePlan, progress: Reporter) -> Profiled:
         VlaSpecError: a mode can't be built, a task does not exist, or there is nothing to plan.
     """
     first = plan.configs[0]
+    disturbance = _disturbance()
     tasks = _tasks(first, plan.tasks)
     assembler = Assembler()
     example = first_observation(assembler, first.robot, tasks[0], plan.seeds[0])
@@ -192,7 +198,7 @@ def profile(plan: ProfilePlan, progress: Reporter) -> Profiled:
         num_observations=len(samples),
         loads=loads,
         environment=environment(first.num_threads),
-        notes=_notes(plan, assemblies),
+        notes=(*disturbance, *_notes(plan, assemblies)),
     )
     return Profiled(made, _results(made, plan, assemblies, found, played), _groups(plan, found, played))
 
@@ -421,6 +427,19 @@ def _notes(plan: ProfilePlan, assemblies: Sequence[Assembly]) -> tuple[str, ...]
             f"{names}: the controller plans by the time left and was given none; --late cut shows what it does"
         )
     return tuple(notes)
+
+
+def _disturbance() -> tuple[str, ...]:
+    """A note if the machine is at work before the measurement begins."""
+    if sys.platform == "win32":
+        return ()
+    load = os.getloadavg()[0]
+    if load < MOST_LOAD_AVERAGE:
+        return ()
+    return (
+        f"the load average was {load:.1f} on {num_cores()} cores before the measurement began: something else was "
+        f"running, so idle was not idle",
+    )
 
 
 def _certain(values: Sequence[int] | np.ndarray) -> Distribution:

@@ -31,24 +31,34 @@ class Rows(NamedTuple):
 
 
 def latency_table(profile: Profile) -> Rows:
-    """Chunk latency and misses of every mode and condition."""
+    """Chunk latency of every mode and condition."""
+    rows = []
+    for mode, own in profile.modes.items():
+        for load, c in own.conditions.items():
+            forwards = "-" if c.forwards_per_chunk is None else f"{c.forwards_per_chunk:.1f}"
+            rows.append((mode, load, str(c.plans), *spread(c.chunk), forwards))
+    about = (
+        "observation to chunk [ms]; fwds: target forwards of a chunk; a dash: too few plans to tell that percentile "
+        "from the slowest plan"
+    )
+    return Rows("Chunk latency", about, ("mode", "load", "plans", *RANK_NAMES, "max", "fwds"), rows)
+
+
+def deadline_table(profile: Profile) -> Rows:
+    """What came late, and how much time was left."""
     rows = []
     for mode, own in profile.modes.items():
         for load, c in own.conditions.items():
             rows.append((
-                mode, load, str(c.plans), *spread(c.chunk), f"{own.deadline_ms:g}", rate(c.miss_rate),
-                interval(c.miss_ci95), _ms(c.slack.p1_ms), _ms(c.slack.min_ms), rate(c.incomplete / c.plans),
-                "-" if c.forwards_per_chunk is None else f"{c.forwards_per_chunk:.1f}",
+                mode, load, f"{own.deadline_ms:g}", rate(c.miss_rate), interval(c.miss_ci95), _ms(c.slack.p50_ms),
+                _ms(c.slack.p1_ms), _ms(c.slack.min_ms), rate(c.incomplete / c.plans),
             ))  # fmt: skip
-    columns = (
-        "mode", "load", "plans", *RANK_NAMES, "max ms", "deadline", "late", "95 % CI", "slack p1", "least", "cut",
-        "fwds",
-    )  # fmt: skip
+    columns = ("mode", "load", "due", "late", "95 % CI", "slack\np50", "p1", "least", "cut")
     about = (
-        "observation to chunk; late: answer after the deadline; slack: time left at the deadline [ms]; cut: not a "
-        "whole verified chunk; a dash: too few plans to tell that percentile from the slowest plan"
+        "due: the deadline; late: answers after it; slack: time left at the deadline [ms]; cut: answers that are no "
+        "whole chunk seen by the target"
     )
-    return Rows("Chunk latency", about, columns, rows)
+    return Rows("Deadlines", about, columns, rows)
 
 
 def stage_table(profile: Profile, condition: str) -> Rows:
@@ -80,40 +90,47 @@ def cold_table(profile: Profile) -> Rows:
     return Rows("Cold start", about, ("mode", "session", "first plan", "plans after it", "warm p50"), rows, 1)
 
 
+def period_table(profile: Profile) -> Rows:
+    """How regular the actor's commands were in the real-time loop."""
+    rows = [
+        (mode, load, str(loop.steps), f"{loop.period_ms:g}", *spread(loop.jitter, 2), str(loop.late_steps))
+        for mode, own in profile.modes.items()
+        for load, loop in own.loops.items()
+    ]
+    columns = ("mode", "load", "steps", "period", *RANK_NAMES, "max", "late")
+    about = (
+        "jitter by percentile: |time between commands - period| [ms]; late: steps that began a whole period behind or "
+        "more"
+    )
+    return Rows("Real-time loop: jitter of the control period", about, columns, rows)
+
+
 def loop_table(profile: Profile) -> Rows:
-    """The closed loop in real time."""
+    """The plans of the real-time loop."""
     rows = []
     for mode, own in profile.modes.items():
         for load, loop in own.loops.items():
-            jitter, wait = loop.jitter, loop.wait
             rows.append((
-                mode, load, str(loop.steps), f"{loop.period_ms:g}", _ms(jitter.p50_ms, 2), _ms(jitter.p99_ms, 2),
-                _ms(jitter.max_ms, 2), str(loop.late_steps), str(loop.plans), _ms(loop.chunk.p50_ms),
-                _ms(loop.chunk.p99_ms), rate(loop.miss_rate), interval(loop.miss_ci95),
-                rate(loop.hold_steps / loop.steps), _ms(wait.p50_ms if wait else None),
-                f"{loop.successes}/{loop.episodes}",
+                mode, load, str(loop.plans), _ms(loop.chunk.p50_ms), _ms(loop.chunk.p99_ms), rate(loop.miss_rate),
+                interval(loop.miss_ci95), _ms(loop.wait.p50_ms if loop.wait else None),
+                rate(loop.hold_steps / loop.steps), f"{loop.successes}/{loop.episodes}",
             ))  # fmt: skip
-    columns = (
-        "mode", "load", "steps", "period", "jitter p50", "p99", "max", "late steps", "plans", "chunk p50", "p99",
-        "late", "95 % CI", "holds", "wait p50", "solved",
-    )  # fmt: skip
+    columns = ("mode", "load", "plans", "p50", "p99", "late", "95 % CI", "wait", "holds", "ok")
     about = (
-        "jitter: |time between commands - period|; late steps: a whole period behind or more; wait: from ready to the "
-        "first command; holds: steps without a plan [ms]"
+        "chunk latency [ms], late against the mode's deadline; wait: from ready to the first command, median [ms]; "
+        "holds: steps without a plan; ok: episodes that solved their task"
     )
-    return Rows("Real-time loop", about, columns, rows)
+    return Rows("Real-time loop: plans", about, columns, rows)
 
 
 def tracing_table(profile: Profile) -> Rows:
     """What measuring costs."""
     rows = [(mode, *_tracing(own.tracing)) for mode, own in profile.modes.items() if own.tracing is not None]
-    columns = (
-        "mode", "pairs", "with - without [us]", "95 % CI", "% of plan", "record [us/plan]", "% of round",
-        "with stamps",
-    )  # fmt: skip
+    columns = ("mode", "pairs", "with -\nwithout", "95 % CI", "of plan", "record", "of\nround", "with\nstamps")
     about = (
-        "plans with and without the trace in turns (the interval is the plans' own noise), and Trace.record timed; "
-        "stamps: reading the clock, which controllers need anyway"
+        "plans with and without the trace in turns, median difference [us] (its interval is the plans' own noise); "
+        "record: Trace.record of one plan [us], as a share of a round, and with the clock readings, which controllers "
+        "need anyway"
     )
     return Rows("What tracing costs", about, columns, rows, 1)
 
@@ -153,12 +170,18 @@ def change_table(compared: ProfileComparison) -> Rows:
     )  # fmt: skip
 
 
+def main_tables(profile: Profile) -> list[Rows]:
+    """All but stages and verdicts; some may be empty."""
+    makers = latency_table, deadline_table, cold_table, period_table, loop_table, tracing_table
+    return [make(profile) for make in makers]
+
+
 def print_tables(
     profile: Profile, checks: Sequence[Check], compared: ProfileComparison | None, console: Console
 ) -> None:
     """What a person wants to see first; the page has the rest."""
-    tables = [latency_table(profile), *(stage_table(profile, name) for name in profile.loads)]
-    tables += [cold_table(profile), loop_table(profile), tracing_table(profile), check_table(checks)]
+    tables = [*main_tables(profile), *(stage_table(profile, name) for name in list(profile.loads)[:1])]
+    tables += [check_table(checks)]
     tables += [change_table(compared)] if compared is not None else []
     for table in tables:
         if table.rows:
@@ -191,8 +214,8 @@ def _tracing(cost: TracingCost) -> tuple[str, ...]:
     rounds = [cost.percent_of_round, cost.percent_of_round_with_stamps]
     return (
         str(cost.pairs), f"{cost.difference_us:+.0f}", f"{low:+.0f}..{high:+.0f}",
-        f"{cost.difference_percent_of_plan:+.2f}", f"{cost.record_us:.1f}",
-        *("-" if share is None else f"{share:.3f}" for share in rounds),
+        f"{cost.difference_percent_of_plan:+.2f} %", f"{cost.record_us:.1f}",
+        *("-" if share is None else f"{share:.2f} %" for share in rounds),
     )  # fmt: skip
 
 
@@ -204,7 +227,10 @@ def _print(table: Rows, console: Console) -> None:
     shown = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(table.columns):
         is_name = i < table.num_names
-        shown.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
+        width = (14, 6, 6)[i] if is_name else None  # names may fold, numbers may not
+        shown.add_column(
+            name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold", min_width=width
+        )
     for row in table.rows:
         shown.add_row(*row)
     console.print(shown, markup=False)
