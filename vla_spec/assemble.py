@@ -218,4 +218,5 @@ def _runtime_options(config: Config) -> RuntimeOptions:
         time_scale=runtime.time_scale,
         is_observing_free=runtime.is_observing_free,
         chunks=ChunkOptions(hand_over=HandOver(runtime.hand_over), is_shifted_by_holds=runtime.is_shifted_by_holds),
+        realtime=runtime.realtime,
     )

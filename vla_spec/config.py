@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from vla_spec import plugins
 from vla_spec.errors import BadConfig, MissingDependency, UnknownOption, VlaSpecError
+from vla_spec.realtime import RealtimeOptions
 
 #: Keys of the tree that name a plugin. The others are plain values.
 PLUGIN_KEYS = ("engine", "drafter", "rule", "controller", "robot", "adapter")
@@ -69,8 +70,10 @@ class Runtime:
         time_scale: simulated seconds per second with clock ``real``; 0.5 = half as fast as the robot's own time.
         is_observing_free: with clock ``real`` the simulated world stands still while its pictures are drawn: a robot's
             cameras need none of its processor. False = drawing is taken out of the plan's time.
-        is_shifted_by_holds: a chunk that comes after the last one ran out starts with its first action instead of
-            skipping what is past; a planner slower than a whole chunk then stops and goes instead of standing still.
+        realtime: with clock ``real``: scheduler, cores, locked memory, garbage collection and a process of its own for
+            the actor; ``{}`` asks for all by their defaults, None for nothing. What was granted is in the results.
+        is_shifted_by_holds: a chunk is played from the first action that was not consumed yet: steps in which the arm
+            held for want of a plan do not count. False = they do, for a world that moves by itself.
         costs: cost table of a calibration (``*.costs.json``, refused if it belongs to another engine, model or
             device) or of an earlier run (its costs.json) instead of one measured at start-up; with clock ``virtual``
             the whole run then repeats bit for bit.
@@ -85,7 +88,8 @@ class Runtime:
     hand_over: Literal["replace", "temporal_ensemble", "frozen_prefix"] = "replace"
     time_scale: Annotated[float, Field(gt=0, le=100)] = 1.0
     is_observing_free: bool = True
-    is_shifted_by_holds: bool = False
+    is_shifted_by_holds: bool = True
+    realtime: RealtimeOptions | None = None
     costs: Path | None = None
     costs_load: str | None = None
     allow_other_device: bool = False
@@ -93,6 +97,8 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.costs_load is not None and self.costs is None:
             raise BadConfig(f"costs_load is {self.costs_load!r} without a table; valid: with runtime.costs=FILE")
+        if self.realtime is not None and self.clock != "real":
+            raise BadConfig(f"realtime is given with clock {self.clock}, which waits; valid: with clock real")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +162,21 @@ def resolve(tree: Mapping[str, Any], mode: str = "custom") -> Config:
             if values.get(key) is not None:
                 values[key] = resolve_choice(key, values[key])
         if "runtime" in values:
-            values["runtime"] = build_options(Runtime, values["runtime"], "runtime")
+            values["runtime"] = _resolve_runtime(values["runtime"])
         config: Config = build_options(Config, values, "")
     except VlaSpecError as error:
         if mode != "custom":  # which of several files it is; type and attributes of the error stay
             error.args = (f"mode {mode}: {error}",)
         raise
     return config
+
+
+def _resolve_runtime(values: Any) -> Any:
+    """The section ``runtime``; what lies inside it is checked under its own path."""
+    if isinstance(values, Mapping) and values.get("realtime") is not None:
+        asked = build_options(RealtimeOptions, values["realtime"], "runtime.realtime")
+        values = {**values, "realtime": asked}
+    return build_options(Runtime, values, "runtime")
 
 
 def resolve_choice(kind: str, value: Any, where: str = "") -> Choice:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 
-from vla_spec import plugins
+from vla_spec import plugins, realtime
+from vla_spec.actor_process import ActorProcess
 from vla_spec.assemble import Assembler, Assembly
 from vla_spec.comparison import WARMUP_PLANS, Comparison, Recording, Sample, compare, make_samples, plan_sample
-from vla_spec.config import Choice, Config, as_tree, read_mode, resolve
+from vla_spec.config import Choice, Config, as_options, as_tree, read_mode, resolve
 from vla_spec.errors import BadConfig, UnknownOption
 from vla_spec.metrics import MODEL_DRAFTERS, Figures, figures
 from vla_spec.progress import Reporter
@@ -116,6 +117,8 @@ def evaluate(plan: Plan, progress: Reporter) -> Results:
     first = plan.configs[0]
     if any(config.robot != first.robot for config in plan.configs):
         raise BadConfig("modes: all modes of one run need the same robot")
+    if any(config.runtime.realtime != first.runtime.realtime for config in plan.configs):
+        raise BadConfig("modes: all modes of one run need the same runtime.realtime, which is about the whole machine")
     tasks = task_names(first.robot, plan.tasks)
     assembler = Assembler()
     for config in plan.configs:  # cheap checks of all modes before the first expensive step
@@ -144,7 +147,7 @@ def evaluate_assembled(
     filmed = set(np.linspace(0, len(tasks) - 1, max(1, min(plan.num_pictures, len(tasks)))).astype(int).tolist())
     progress.phase("closed loop", len(tasks) * len(plan.seeds) * len(assemblies))
     for t, task in enumerate(tasks):
-        robot = ObservedRobot(assembler.robot(config.robot, task))
+        robot = _open_robot(assembler, assemblies[0], task)
         name = task or config.robot.name
         try:
             for s, seed in enumerate(plan.seeds):
@@ -152,7 +155,10 @@ def evaluate_assembled(
                 for assembly in (*assemblies[first:], *assemblies[:first]):
                     mode = assembly.config.mode
                     options = replace(assembly.runtime, max_steps=plan.max_steps)
-                    result = run_episode(robot, assembly.policy, assembly.clock, options, seed)
+                    if isinstance(robot, ActorProcess):
+                        result = robot.run_episode(assembly.policy, assembly.clock, options, seed)
+                    else:
+                        result = run_episode(robot, assembly.policy, assembly.clock, options, seed)
                     episodes.append(Episode(mode, name, result))
                     if s == 0 and assembly is assemblies[0] and plan.num_samples:
                         recordings.append(Recording(name, seed, tuple(robot.observations)))
@@ -163,6 +169,15 @@ def evaluate_assembled(
             robot.close()
     compared, base = _compare(assembler, assemblies, recordings, plan, example, progress)
     return _results(assemblies, plan, tasks, episodes, compared, base, films)
+
+
+def _open_robot(assembler: Assembler, assembly: Assembly, task: str | None) -> ObservedRobot | ActorProcess:
+    """The robot of the closed loop: in this process, or in the actor's own if the configuration asks for one."""
+    choice, asked = assembly.config.robot, assembly.runtime.realtime
+    if asked is None or not asked.actor_process:
+        return ObservedRobot(assembler.robot(choice, task))
+    options = as_options(choice.options) | ({} if task is None else {"task": task})
+    return ActorProcess(choice.name, options, assembly.domain, assembly.policy.space)
 
 
 def record(
@@ -383,6 +398,11 @@ def _results(
         episodes=tuple(_episode_tree(episode) for episode in episodes),
         configs={a.config.mode: as_tree(a.config) for a in assemblies},
         costs={a.config.mode: a.costs.as_json() for a in assemblies},
+        realtime={
+            a.config.mode: realtime.report([e.result.realtime for e in own[a.config.mode] if e.result.realtime])
+            for a in assemblies
+            if clock == "real"
+        },
         notes=_notes(clock, is_whole, max((len(c.plans) for c in compared.values()), default=0)),
         environment=environment(first.config.num_threads),
         films=tuple(films),
@@ -434,7 +454,7 @@ def _episode_tree(episode: Episode) -> dict[str, Any]:
     }
 
 
-def _film(mode: str, task: str, seed: int, result: EpisodeResult, robot: ObservedRobot) -> Film:
+def _film(mode: str, task: str, seed: int, result: EpisodeResult, robot: ObservedRobot | ActorProcess) -> Film:
     """The first two cameras side by side, as often as plans were made."""
     seen = robot.observations
     frames: UInt8 = np.stack([np.concatenate(list(o.images[:2]), axis=1) for o in seen])  # [n, h, 2 w, 3]

@@ -74,15 +74,15 @@ class RealtimeOptions:
     def __post_init__(self) -> None:
         for name in ("fifo_priority", "planner_priority"):
             if not 0 <= getattr(self, name) <= 99:
-                raise BadConfig(f"realtime.{name} is {getattr(self, name)}; valid: 1..99, or 0 for none")
+                raise BadConfig(f"runtime.realtime.{name} is {getattr(self, name)}; valid: 1..99, or 0 for none")
         if self.fifo_priority and self.planner_priority >= self.fifo_priority:
             raise BadConfig(
-                f"realtime.planner_priority is {self.planner_priority}; valid: less than fifo_priority "
+                f"runtime.realtime.planner_priority is {self.planner_priority}; valid: less than fifo_priority "
                 f"{self.fifo_priority}, so that a plan never delays a command"
             )
         for name in ("actor_cpus", "planner_cpus"):
             if any(cpu < 0 for cpu in getattr(self, name)):
-                raise BadConfig(f"realtime.{name} is {list(getattr(self, name))}; valid: numbers of cores, from 0 on")
+                raise BadConfig(f"runtime.realtime.{name} is {list(getattr(self, name))}; valid: numbers of cores, from 0 on")
 
 
 class Grant(NamedTuple):

@@ -45,6 +45,9 @@ MEANING = {
     "max_deviation": "largest distance of an accepted token from the target's own choice, in the physical unit of the "
     "tokenizer (metres for the shipped policy)",
     "success_ci95": "Wilson score interval",
+    "realtime": "per mode, clock real: what was asked of the operating system and whether it was granted; lateness and "
+    "jitter of control steps, page faults and context switches per step of the actor and per plan of the planner, the "
+    "plan before the first step left out",
     "warm_up": "start-up measurements and the first plans of each mode are left out of every number",
 }
 
@@ -141,6 +144,7 @@ class Results:
     episodes: tuple[dict[str, Any], ...] = ()
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    realtime: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
     command: str = ""
