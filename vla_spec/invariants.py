@@ -60,7 +60,8 @@ class Violation(NamedTuple):
 class _Known(NamedTuple):
     """A chunk with what the checker found out about it."""
 
-    chunk: ActionChunk
+    chunk: ActionChunk  # as it is played: a buffer may move it by steps in which the arm held
+    observed_at: int  # control step of its observation
     is_exact: npt.NDArray[np.bool_]  # [h] all tokens of the row are the undisturbed engine's own choice
     is_verified: npt.NDArray[np.bool_]  # [h] all tokens of the row were seen by the engine, and pass
 
@@ -213,7 +214,7 @@ class Checker:
         """Provenance of each row, recomputed; the first ``num_given`` ones were given and say nothing of the rung."""
         h, per_step = len(chunk.actions), self._domain.tokens_per_step
         is_exact, is_verified = np.zeros(h, np.bool_), np.zeros(h, np.bool_)
-        known = _Known(chunk, is_exact, is_verified)
+        known = _Known(chunk, chunk.observation_step, is_exact, is_verified)
         if chunk.rung >= Rung.HOLD:
             self._check_hold(chunk)
             return known
@@ -293,10 +294,15 @@ class Checker:
         at = chunk.observation_step + row - source.observation_step
         same = source.tokens[at * per_step : (at + 1) * per_step] if at >= 0 else source.tokens[:0]
         own = chunk.tokens[row * per_step : (row + 1) * per_step]
+        older = self._known.get(source.chunk_id)
+        if len(same) == per_step and (own != same).any():
+            # A beginning that was given is what the arm plays meanwhile, which may be bounded and not what was decoded.
+            played = self._adapter.tokenizer.encode(source.actions[at : at + 1])
+            if np.array_equal(own, played):
+                return False
         if len(same) < per_step or (own != same).any():
             self._violate("provenance", f"chunk {chunk.chunk_id} row {row} is not row {at} of chunk {source.chunk_id}")
             return False
-        older = self._known.get(source.chunk_id)
         return older is not None and at < len(older.is_verified) and bool(older.is_verified[at])
 
     def _check_hold(self, chunk: ActionChunk) -> None:
@@ -344,7 +350,7 @@ class Checker:
         if not 0 <= row < len(chunk.actions) or chunk.observation_step + row != step:
             self._violate("provenance", f"{where}: an action of another step")
             return
-        weakest = Provenance(int(chunk.provenance[row].max()))
+        planned, weakest = self._planned(known, row, step)
         if command.provenance not in (weakest, max(weakest, Provenance.TAIL)):
             self._violate("provenance", f"{where}: called {command.provenance.name}, is {weakest.name}")
         is_newest = bool(self._accepted) and self._accepted[-1].chunk.chunk_id == chunk.chunk_id
@@ -353,18 +359,30 @@ class Checker:
         is_good = known.is_exact if command.provenance is Provenance.EXACT else known.is_verified
         if command.provenance <= Provenance.RELAXED and not is_good[row]:
             self._violate("provenance", f"{where}: called {command.provenance.name} and is not")
-        planned = self._space.clip(chunk.actions[row])
         if command.provenance in (Provenance.DRAFTED, Provenance.TAIL) and self._previous is not None:
             self._check_change(command.action, self._previous, where)
             reach = np.where(self._switches, np.inf, self._space.max_change)
             planned = self._space.clip(np.clip(planned, self._previous - reach, self._previous + reach))
-        if not self._is_ensemble and not np.allclose(command.action, planned, rtol=0, atol=1e-6):
+        if not np.allclose(command.action, planned, rtol=0, atol=1e-6):
             self._violate("provenance", f"{where}: other numbers than the chunk's")
-        if chunk.instruction != order and chunk.observation_step >= ordered_at:
+        if chunk.instruction != order and known.observed_at >= ordered_at:
             self._violate("instruction", f"{where}: obeys {chunk.instruction!r}, the order is {order!r}")
-        newest = self._accepted[-1].chunk if self._accepted else chunk
-        if newest.instruction == order and newest.observation_step >= ordered_at and chunk.instruction != order:
+        newest = self._accepted[-1] if self._accepted else known
+        if newest.chunk.instruction == order and newest.observed_at >= ordered_at and chunk.instruction != order:
             self._violate("instruction", f"{where}: obeys {chunk.instruction!r} although a newer chunk obeys {order!r}")
+
+    def _planned(self, known: _Known, row: int, step: int) -> tuple[Float32, Provenance]:
+        """What the chunks say about a step, and the weakest that they say it with."""
+        rows, options = [(known.chunk, row)], self._buffer.options
+        if options.hand_over is HandOver.TEMPORAL_ENSEMBLE:
+            rows = [(other.chunk, step - other.chunk.observation_step) for other in self._accepted]
+            rows = [(chunk, i) for chunk, i in rows if 0 <= i < len(chunk.actions)]
+            rows = [(chunk, i) for chunk, i in rows if chunk.provenance[i].max() < Provenance.HOLD]
+        weakest = max(Provenance(int(chunk.provenance[i].max())) for chunk, i in rows)
+        weights = np.exp(-options.ensemble_decay * np.arange(len(rows)))
+        mean = np.average([chunk.actions[i] for chunk, i in rows], axis=0, weights=weights)
+        mean[self._switches] = known.chunk.actions[row][self._switches]
+        return self._space.clip(mean.astype(np.float32)), weakest
 
     def _check_held(self, command: Command, step: int) -> None:
         """A hold or a stop: nothing to play, and no motion that speeds up."""
@@ -386,10 +404,6 @@ class Checker:
             self._violate("counters", f"{self._num_delivered} chunks were delivered, {self._num_plans} planned")
 
     # What several of them need.
-
-    @property
-    def _is_ensemble(self) -> bool:
-        return self._buffer.options.hand_over is HandOver.TEMPORAL_ENSEMBLE
 
     @property
     def _is_frozen(self) -> bool:
