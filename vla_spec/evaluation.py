@@ -126,9 +126,12 @@ def evaluate(plan: Plan, progress: Reporter) -> Results:
     example = first_observation(assembler, first.robot, tasks[0], plan.seeds[0])
     progress.phase("building modes", len(plan.configs))
     assemblies = []
-    for config in plan.configs:
-        assemblies.append(assembler.assemble(config, example))
-        progress.step(config.mode)
+    asked = first.runtime.realtime or realtime.RealtimeOptions(fifo_priority=0, planner_priority=0)
+    # Costs are measured with the privileges that the planner is going to have.
+    with realtime.thread_privileges("planner", asked.planner_priority, asked.planner_cpus):
+        for config in plan.configs:
+            assemblies.append(assembler.assemble(config, example))
+            progress.step(config.mode)
     return evaluate_assembled(assembler, assemblies, plan, tasks, progress)
 
 
