@@ -8,8 +8,8 @@ Written by `vla-spec calibrate retrieval`, read by the drafter `retrieval`; refu
     model_hash   one string, sha256 of the weights that made the features
     about        one string, JSON: where the entries come from
 
-The nearest neighbours of one query among n keys are one matrix-vector product; with K = 64 that is 6 us for a thousand
-keys and 0.1 ms for ten thousand, so there is no graph to search.
+The nearest neighbours of one query among n keys are one matrix-vector product: 0.03 ms for a thousand keys of 64
+numbers and 0.12 ms for ten thousand on one x86 core, so that an approximate search would gain nothing at this size.
 """
 
 from __future__ import annotations
