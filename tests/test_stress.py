@@ -39,9 +39,9 @@ RARE = [name for name, options in fault_options("all").items() if options.get("p
 ROUGH = ("engine_exception.probability=0.1", "nan_state.probability=0.1", "contention.probability=0.05")
 
 
-def run(ticks, faults="all", modes=("deadline",), settings=(), seed=1, rule=None, **more):
+def run(ticks, faults="all", modes=("deadline",), settings=(), seed=1, rule=None, runtime=None, **more):
     base = {} if rule is None else {"rule": rule}
-    base |= {"engine": "toy", "robot": "toy", "runtime": {"deadline_ms": 60, "execute_horizon": 3}}
+    base |= {"engine": "toy", "robot": "toy", "runtime": {"deadline_ms": 60, "execute_horizon": 3, **(runtime or {})}}
     configs = tuple(virtual(resolve(merge(MODES[mode], base), mode)) for mode in modes)
     return stress(StressPlan(configs, fault_options(faults, settings), ticks, seed, **more), Silent())
 
@@ -228,6 +228,15 @@ def test_a_relaxation_beyond_its_tolerance_is_found(monkeypatch):
     monkeypatch.setattr(RelaxedPhysicalRule, "_is_within", lambda self, *args: True)
     broken = run(200, "none", modes=("relaxed",), rule=rule, oracle_every=0)
     assert broken.details["relaxed"].violations["provenance"] > 0
+
+
+@pytest.mark.parametrize("hand_over", ["temporal_ensemble", "frozen_prefix"])
+@pytest.mark.parametrize("is_shifted", [True, False])
+def test_every_hand_over_is_what_it_says(hand_over, is_shifted):
+    more = {"hand_over": hand_over, "is_shifted_by_holds": is_shifted}
+    often = [f"{name}.probability=0.03" for name in RARE]
+    results = run(400, modes=("fixed-8",), settings=often, runtime=more, oracle_every=0)
+    assert results.rows[0].violations == 0, results.details["fixed-8"].examples
 
 
 # The weather.

@@ -71,6 +71,7 @@ MEANING = {
     "oracle_tokens_per_chunk": "most tokens that could have been verified by then, knowing each call's latency "
     "and every draft's acceptance, mean over the comparable plans that it was worked out for; autoregression is held "
     "against somebody who drafts as the other modes do (toy engine only)",
+    "oracle_complete_rate": "share of these plans whose whole chunk the oracle verifies in time",
     "oracle_ratio": "verified tokens / the oracle's, over the same plans",
     "hold_rate": "share of control steps without a plan",
     "violations": "broken invariants; each is a fault of the runtime",
@@ -133,6 +134,7 @@ class StressRow:
     complete_rate: float | None
     verified_tokens_per_chunk: float | None
     oracle_tokens_per_chunk: float | None
+    oracle_complete_rate: float | None
     oracle_ratio: float | None
     slack_ms_p50: float | None
     slack_ms_min: float | None
@@ -534,6 +536,7 @@ class _ModeRun:
             complete_rate=_ratio(sum(o.is_complete for o in comparable), len(comparable)),
             verified_tokens_per_chunk=_ratio(sum(o.num_in_time for o in comparable), len(comparable)),
             oracle_tokens_per_chunk=_ratio(of_oracle, len(judged)),
+            oracle_complete_rate=_ratio(sum(o.oracle == assembly.domain.num_tokens for o in judged), len(judged)),
             oracle_ratio=_ratio(sum(o.num_in_time for o in judged), of_oracle),
             slack_ms_p50=round(float(np.median(slack_ms)), 4) if len(slack_ms) else None,
             slack_ms_min=round(float(slack_ms.min()), 4) if len(slack_ms) else None,
