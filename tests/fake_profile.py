@@ -75,13 +75,13 @@ A_COST = TracingCost(40, 14_010.0, 14_000.0, 8.0, (-20.0, 31.0), 0.06, (-0.14, 0
 def a_mode(extras=None, loads=("idle",), has_loop=True, config=None, deadline_ms=20):
     """A mode whose conditions differ by their extras only."""
     extras = some_extras(200) if extras is None else np.array(extras, np.int64)
-    conditions = {"cold": condition_of(measured([9 * MS, *extras[:4]], deadline_ms))}
-    conditions |= {load: condition_of(measured(extras + i * 2 * MS, deadline_ms)) for i, load in enumerate(loads)}
+    conditions = {"cold": condition_of(measured([9 * MS, *extras[:4]], deadline_ms), 32)}
+    conditions |= {load: condition_of(measured(extras + i * 2 * MS, deadline_ms), 32) for i, load in enumerate(loads)}
     return ModeProfile(
         engine="toy", drafter="ngram", rule="greedy", controller="fixed", is_exact=True, deadline_ms=deadline_ms,
         load_ms=80.0, first_ms=conditions["cold"].chunk.max_ms, conditions=conditions,
-        loops={load: loop_of([played(deadline_ms=deadline_ms)]) for load in loads} if has_loop else {}, tracing=A_COST,
-        config=config or {"drafter": "ngram"},
+        loops={load: loop_of([played(deadline_ms=deadline_ms)], 32) for load in loads} if has_loop else {},
+        tracing=A_COST, config=config or {"drafter": "ngram"},
     )  # fmt: skip
 
 

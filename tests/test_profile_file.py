@@ -91,7 +91,7 @@ def test_what_is_no_whole_profile_is_refused_in_one_sentence(path, change, word)
 
 
 def test_a_condition_is_what_its_plans_are():
-    condition = condition_of(measured([0, MS, 2 * MS, 9 * MS]))
+    condition = condition_of(measured([0, MS, 2 * MS, 9 * MS]), 32)
     base = a_plan().plan_ns / 1e6
     assert (condition.plans, condition.misses, condition.miss_rate) == (4, 1, 0.25)
     assert condition.chunk.min_ms == pytest.approx(base)
@@ -109,8 +109,14 @@ def test_a_condition_is_what_its_plans_are():
     assert [round(fall.chunk_ms - base, 3) for fall in condition.waterfalls] == [1, 9, 2, 1]
 
 
+def test_a_plan_of_fewer_verified_tokens_is_incomplete_whatever_its_rung():
+    plans = measured([0, 0])
+    plans[1] = plans[1]._replace(plan=plans[1].plan._replace(num_verified=16))
+    assert condition_of(plans, 32).incomplete == 1
+
+
 def test_a_loop_is_what_its_episodes_are():
-    loop = loop_of([played(40), played(40)])
+    loop = loop_of([played(40), played(40)], 32)
     assert (loop.episodes, loop.successes, loop.steps, loop.plans, loop.misses) == (2, 2, 80, 20, 0)
     assert (loop.late_steps, loop.period_ms) == (2, 12.5)
     assert loop.jitter.max_ms == loop.jitter.min_ms == 0.1
@@ -122,7 +128,7 @@ def test_merging_is_one_run_that_measured_both():
     first, second = some_extras(120), some_extras(80, seed=1)
     both = merge(a_profile({"exact": a_mode(first)}), a_profile({"exact": a_mode(second)}, seeds=(11,)))
     own = both.modes["exact"].conditions["idle"]
-    together = condition_of(measured([*first, *second]))
+    together = condition_of(measured([*first, *second]), 32)
     assert own.plans == own.chunk.n == 200
     assert (own.misses, own.miss_ci95) == (together.misses, together.miss_ci95)
     assert own.chunk.p99_ms == pytest.approx(together.chunk.p99_ms)

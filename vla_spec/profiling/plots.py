@@ -51,13 +51,13 @@ def draw_plots(profile: Profile) -> list[Plot]:
     for name, caption in (
         ("jitter", "Real-time loop: deviation of the control period by percentile."),
         ("wait", "Real-time loop: from a chunk's being ready to its first command, by percentile."),
-        ("slack", "Real-time loop: time left at the plans' deadlines, by percentile; below zero: late."),
+        ("slack", "Real-time loop: answers relative to their deadline, by percentile; above zero: late."),
     ):
         of_kind = [(mode, load, getattr(loop, name)) for mode, load, loop in loops if getattr(loop, name) is not None]
         if of_kind:
             drawn.append(
                 _figure(
-                    lambda axes, of_kind=of_kind: _percentiles(axes, of_kind, None),  # type: ignore[misc]
+                    lambda axes, of_kind=of_kind, name=name: _percentiles(axes, of_kind, None, name == "slack"),  # type: ignore[misc]
                     f"loop-{name}", caption,
                 )
             )  # fmt: skip
@@ -87,13 +87,20 @@ def draw_waterfalls(profile: Profile) -> list[Plot]:
     return drawn
 
 
-def _percentiles(axes: Any, found: Sequence[tuple[str, str, Distribution]], profile: Profile | None) -> None:
-    """Value over 1 / (1 - share) on a logarithmic axis: each tick is ten times rarer than the one before."""
+def _percentiles(
+    axes: Any, found: Sequence[tuple[str, str, Distribution]], profile: Profile | None, is_flipped: bool = False
+) -> None:
+    """Value over 1 / (1 - share) on a logarithmic axis: each tick is ten times rarer than the one before.
+
+    Flipped, small values are the rare ones: minus the value is drawn.
+    """
     modes = list(dict.fromkeys(mode for mode, _, _ in found))
     most = 10.0
     for mode, load, stored in found:
         shares, values = curve(stored)
         middle = (np.array([0.0, *shares[:-1]]) + np.array(shares)) / 2  # a value stands for its own step
+        if is_flipped:
+            middle, values = 1 - middle[::-1], [-value for value in reversed(values)]
         at = 1 / (1 - middle)
         most = max(most, float(at[-1]))
         axes.step(
@@ -109,7 +116,7 @@ def _percentiles(axes: Any, found: Sequence[tuple[str, str, Distribution]], prof
     axes.set_xlim(1, most * 1.05)
     axes.set_xlabel("percentile")
     axes.set_ylabel("ms")
-    if all(stored.min_ms >= 0 for _, _, stored in found):
+    if not is_flipped and all(stored.min_ms >= 0 for _, _, stored in found):
         axes.set_ylim(bottom=0)
     else:
         axes.axhline(0, color="#888", linestyle=":", linewidth=1)
@@ -211,7 +218,8 @@ def _bars(axes: Any, rows: Sequence[tuple[str, Waterfall]], deadline_ms: float) 
     axes.axvline(deadline_ms, color="#555", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.16, y=0.02)
+    axes.set_xlim(0, 1.16 * max(deadline_ms, *(fall.chunk_ms for _, fall in rows)))
+    axes.margins(y=0.02)
     axes.set_xlabel("ms since the observation was handed over; numbers in steps: accepted tokens")
     axes.grid(axis="y", visible=False)
     _stage_legend(axes)

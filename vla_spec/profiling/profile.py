@@ -32,7 +32,7 @@ MEANING = {
     "slack": "time left at the answer: to the mode's deadline if chunks are decoded whole, else to the plan's own; "
     "negative = late",
     "misses": "plans with negative slack; miss_ci95 is their Wilson score interval",
-    "incomplete": "plans whose answer is not a whole chunk that the target has seen (draft tail, last chunk, hold)",
+    "incomplete": "plans whose answer is no whole chunk that the target has seen (cut, draft tail, last chunk, hold)",
     "stages": "per call, so several per chunk; round = draft to commit behind the prefill",
     "hand_over": "putting a chunk into the actor's buffer and reading the first command",
     "first_ms": "the first plan of a new session",

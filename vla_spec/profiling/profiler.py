@@ -44,7 +44,7 @@ from vla_spec.profiling.stages import spans_of, stage_durations, stage_totals
 from vla_spec.profiling.tracing_cost import TracingCost, measure_tracing
 from vla_spec.progress import Reporter
 from vla_spec.results import Results, environment, wilson_interval
-from vla_spec.types import Observation, Rung
+from vla_spec.types import Observation
 
 #: What becomes of plans that take longer than their deadline.
 LATE = ("count", "cut")
@@ -172,9 +172,9 @@ def profile(plan: ProfilePlan, progress: Reporter) -> Profiled:
 
     modes = {}
     for assembly in assemblies:
-        mode = assembly.config.mode
-        conditions = {"cold": condition_of(cold[mode].plans)} if mode in cold else {}
-        conditions |= {load: condition_of(measured) for load, measured in found[mode].items()}
+        mode, num_tokens = assembly.config.mode, assembly.domain.num_tokens
+        conditions = {"cold": condition_of(cold[mode].plans, num_tokens)} if mode in cold else {}
+        conditions |= {load: condition_of(measured, num_tokens) for load, measured in found[mode].items()}
         modes[mode] = ModeProfile(
             engine=assembly.config.engine.name,
             drafter=assembly.config.drafter.name,
@@ -185,7 +185,7 @@ def profile(plan: ProfilePlan, progress: Reporter) -> Profiled:
             load_ms=round(cold[mode].load_ns / NS_PER_MS, 4) if mode in cold else None,
             first_ms=round(cold[mode].plans[0].plan.plan_ns / NS_PER_MS, 4) if mode in cold else None,
             conditions=conditions,
-            loops={load: loop_of(episodes) for load, episodes in played[mode].items()},
+            loops={load: loop_of(episodes, num_tokens) for load, episodes in played[mode].items()},
             tracing=tracing.get(mode),
             config=as_tree(assembly.config),
         )
@@ -203,8 +203,8 @@ def profile(plan: ProfilePlan, progress: Reporter) -> Profiled:
     return Profiled(made, _results(made, plan, assemblies, found, played), _groups(plan, found, played))
 
 
-def condition_of(measured: Sequence[Measured]) -> Condition:
-    """Everything that is reported about plans of recorded observations; at least one plan."""
+def condition_of(measured: Sequence[Measured], num_tokens: int) -> Condition:
+    """Everything that is reported about plans of recorded observations; at least one plan of ``num_tokens`` tokens."""
     plans = [item.plan for item in measured]
     first_ns = plans[0].start_ns
     misses = sum(plan.slack_ns < 0 for plan in plans)
@@ -221,7 +221,7 @@ def condition_of(measured: Sequence[Measured]) -> Condition:
         misses=misses,
         miss_rate=misses / len(plans),
         miss_ci95=interval,
-        incomplete=sum(plan.rung > Rung.RELAXED for plan in plans),
+        incomplete=sum(plan.num_verified < num_tokens for plan in plans),
         forwards_per_chunk=round(float(np.mean([len(p.rounds) for p in decoded])), 4) if decoded else None,
         stages={stage: _certain(durations) for stage, durations in stages.items()},
         stage_ms={stage: round(float(np.mean([t[stage] for t in totals])) / NS_PER_MS, 5) for stage in totals[0]},
@@ -239,8 +239,8 @@ def condition_of(measured: Sequence[Measured]) -> Condition:
     )
 
 
-def loop_of(episodes: Sequence[Played]) -> Loop:
-    """Everything that is reported about real-time episodes; at least one step and one plan."""
+def loop_of(episodes: Sequence[Played], num_tokens: int) -> Loop:
+    """Everything that is reported about real-time episodes; at least one step and one plan of ``num_tokens`` tokens."""
     plans = [plan for episode in episodes for plan in episode.result.plans]
     errors = np.concatenate([episode.period_error_ns for episode in episodes])
     waits = np.concatenate([episode.wait_ns for episode in episodes])
@@ -259,7 +259,7 @@ def loop_of(episodes: Sequence[Played]) -> Loop:
         misses=misses,
         miss_rate=misses / len(plans),
         miss_ci95=interval,
-        incomplete=sum(plan.rung > Rung.RELAXED for plan in plans),
+        incomplete=sum(plan.num_verified < num_tokens for plan in plans),
         chunk=_certain([plan.plan_ns for plan in plans]),
         slack=_certain([plan.slack_ns for plan in plans]),
         period_error=_certain(errors),
