@@ -281,19 +281,24 @@ def simulate(path: Path, file: CostFile, chunks: int, sigma: float, seed: int, p
 
 
 def print_rows(rows: list[Row], files: dict[str, CostFile], console: Console) -> None:
-    """One table per device and shape: rate without a deadline, then misses and tokens at each deadline."""
+    """One table per device and shape: rate without a deadline; then, at each, chunks not whole, and answers late."""
     for name, num_tokens in dict.fromkeys((row.table, row.num_tokens) for row in rows):
         own = [row for row in rows if (row.table, row.num_tokens) == (name, num_tokens)]
         deadlines = list(dict.fromkeys(row.deadline_ms for row in own))
         title = f"SIMULATION, {num_tokens} tokens per chunk: {files[name].label}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("mode")
-        for heading in ("p50 ms", "rate/s", *(f"missed at\n{deadline:.0f} ms" for deadline in deadlines if deadline)):
+        for heading in (
+            "p50 ms",
+            "rate/s",
+            *(f"missed / late %\nat {deadline:.0f} ms" for deadline in deadlines if deadline),
+        ):
             table.add_column(heading, justify="right", no_wrap=True)
         for mode, acceptance in dict.fromkeys((row.mode, row.acceptance) for row in own):
             cells = {row.deadline_ms: row for row in own if (row.mode, row.acceptance) == (mode, acceptance)}
             free = cells[None]
-            misses = [f"{100 * (cells[d].miss_rate or 0):.1f} %" for d in deadlines if d is not None]
+            bound = [cells[d] for d in deadlines if d is not None]
+            misses = [f"{100 * (row.miss_rate or 0):.1f} / {100 * (row.late_rate or 0):.1f}" for row in bound]
             label = mode if acceptance == "-" else f"{mode}, {acceptance}"
             table.add_row(label, f"{free.chunk_ms_p50:.1f}", f"{free.rate_hz:.2f}", *misses)
         console.print(table)
