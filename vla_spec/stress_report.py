@@ -47,11 +47,11 @@ def print_stress(results: StressResults, console: Console) -> None:
     first = results.rows[0]
     table = _table(
         f"{first.ticks} control steps of {first.period_ms:g} ms, deadline {first.deadline_ms:g} ms",
-        "plans", "late", "where\nfeasible", "tokens/\nchunk", "of\noracle", "held", "success", "broken",
+        "late", "where\nfeasible", "tokens/\nchunk", "of\noracle", "held", "success", "broken",
     )  # fmt: skip
     for row in results.rows:
         table.add_row(
-            row.mode, str(row.plans), rate(row.deadline_miss_rate), rate(row.late_feasible_rate),
+            row.mode, rate(row.deadline_miss_rate), rate(row.late_feasible_rate),
             number(row.verified_tokens_per_chunk, 2), percent(row.oracle_ratio, 1),
             percent(row.hold_rate, 1), percent(row.success_rate), str(row.violations),
         )  # fmt: skip
@@ -73,7 +73,7 @@ def _fault_table(results: StressResults) -> Table:
 
 
 def _table(title: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("", overflow="fold", min_width=14)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
