@@ -346,17 +346,18 @@ def test_a_stamp_from_the_future_does_not_stop_planning_for_good():
     assert actor.tick(0).provenance is Provenance.EXACT
 
 
-def test_an_observation_that_was_overtaken_is_planned_for_at_its_own_step():
+@pytest.mark.parametrize("stamp_ns", [0, 2 * PERIOD, 9 * PERIOD])
+def test_an_observation_that_was_overtaken_is_planned_for_at_its_own_step(stamp_ns):
     robot, clock = Camera(), VirtualClock()
     actor = actor_on(robot, clock)
     actor.reset(0, 0)
-    first = robot.observe(0)
+    first = replace(robot.observe(0), stamp_ns=stamp_ns)
     for step in range(2):
         actor.tick(step * PERIOD)
     robot.change = lambda seen: first
     assert actor.look(2 * PERIOD)
     chunk = actor.planner.tick(2 * PERIOD)
-    assert (chunk.observation_step, chunk.observation_stamp_ns) == (0, 0)
+    assert (chunk.observation_step, chunk.observation_stamp_ns) == (0, min(stamp_ns, 2 * PERIOD))
     assert actor.num_overtaken == 1
     assert actor.buffer.history(0) is None
     actor.tick(2 * PERIOD)

@@ -263,10 +263,10 @@ class Actor:
     def look(self, now_ns: int) -> bool:
         """If a plan is due, observe (this may render) and hand over. True if so.
 
-        An observation of an earlier control step, with an earlier stamp, is planned for as what it is.
+        An observation of an earlier control step is planned for as what it is, and counted.
 
         Raises:
-            BadObservation: a control step that is not the actor's own, with a new stamp: the robot counts wrongly.
+            BadObservation: a control step that has not been reached: the robot counts wrongly.
         """
         self._receive(now_ns)
         if not self.is_plan_due:
@@ -278,7 +278,7 @@ class Actor:
             # Another clock's stamp. Nothing can be seen before it happens, and waiting for that moment is no answer.
             observation = replace(observation, stamp_ns=now_ns)
             self.num_future_stamps += 1
-        is_overtaken = observation.step < self.step and observation.stamp_ns < now_ns
+        is_overtaken = 0 <= observation.step < self.step  # whatever its stamp says: that may be wrong as well
         if observation.step != self.step and not is_overtaken:
             raise BadObservation("step", str(observation.step), f"{self.step}, the control steps since the reset")
         num_frozen = 0
