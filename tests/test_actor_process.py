@@ -13,7 +13,7 @@ from fake_policy import DOMAIN, MS, SPACE, A, FakeController, FakeDrafter, FakeE
 from vla_spec import actor_process
 from vla_spec.action_space import ActionSpace, DofKind
 from vla_spec.actor_process import MAX_INSTRUCTION_BYTES, ActorLost, ActorProcess, Sizes
-from vla_spec.chunks import ChunkOptions, HandOver
+from vla_spec.chunks import ChunkOptions, Gap, HandOver
 from vla_spec.clock import MonotonicClock, VirtualClock
 from vla_spec.errors import BadConfig
 from vla_spec.interfaces import ChunkHistory
@@ -232,6 +232,7 @@ def test_without_a_planner_the_arm_holds(actor):
     assert result.num_holds == 12
     assert result.plans == ()
     assert (result.rungs[Rung.HOLD], result.rungs[Rung.STOP]) == (8, 4)
+    assert result.gaps[Gap.STARTING] == 12
 
 
 def test_it_runs_in_real_time_only(actor):

@@ -31,8 +31,9 @@ def test_a_late_tick_does_not_shift_the_later_ones():
     assert keeper.wait() == 0
     clock.advance(130)  # 30 late for tick 1
     assert (keeper.wait(), keeper.slack_ns, keeper.skip_count) == (100, -30, 0)
+    assert keeper.lateness_ns == 30
     assert clock.now_ns() == 130
-    assert (keeper.wait(), keeper.slack_ns) == (200, 70)
+    assert (keeper.wait(), keeper.slack_ns, keeper.lateness_ns) == (200, 70, 0)
     assert clock.now_ns() == 200
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fake_policy import MS, SPACE, FakeController, FakeDrafter, FakeEngine, T, make_policy
 
-from vla_spec.chunks import ChunkBuffer, ChunkOptions, HandOver
+from vla_spec.chunks import ChunkBuffer, ChunkOptions, Gap, HandOver
 from vla_spec.clock import MonotonicClock, VirtualClock
 from vla_spec.errors import BadConfig
 from vla_spec.ladder import Reason
@@ -122,6 +122,21 @@ def test_a_deadline_cuts_the_decode_and_the_tail_takes_over():
     assert {plan.num_verified for plan in result.plans} == {8}
     assert result.counts[Provenance.DRAFTED] > 0
     assert result.num_holds == 0
+
+
+def test_a_deadline_shorter_than_a_control_period_is_answered_from_the_ladder():
+    """5 ms for a plan at 12.5 ms a step: the prefill alone is late, every plan has a reason, every step an answer."""
+    result = episode(prefill_ms=20, step_ms=3, budget_ns=5 * MS)
+    assert {plan.reason for plan in result.plans} == {Reason.DEADLINE}
+    assert result.num_misses == len(result.plans) > 3
+    assert result.num_holds == 20
+    assert result.rungs[Rung.HOLD] + result.rungs[Rung.STOP] == sum(result.gaps.values()) == 20
+    assert result.gaps[Gap.PLANNED] > 0
+    assert np.isfinite(result.actions).all()
+    # And one that fits into it is in time for the same step.
+    fits = episode(prefill_ms=1, step_ms=0.5, budget_ns=5 * MS, controller=FakeController(gamma=7))
+    assert fits.num_misses == fits.num_holds == 0
+    assert set(fits.delay_steps.tolist()) == {0, 1}
 
 
 def test_without_a_free_first_plan_the_robot_holds_until_it_is_there():

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_spec.action_space import ActionSpace, DofKind
-from vla_spec.chunks import ChunkOptions, HandOver
+from vla_spec.chunks import ChunkOptions, Gap, HandOver
 from vla_spec.clock import Clock, MonotonicClock
 from vla_spec.errors import BadConfig, VlaSpecError
 from vla_spec.interfaces import ChunkHistory
@@ -445,6 +445,7 @@ def _episode_result(
         period_ns=told["period_ns"],
         measured_period_ns=told["measured_period_ns"],
         realtime=record,
+        gaps={gap: told["gaps"][gap] for gap in Gap},
     )
 
 
@@ -569,6 +570,7 @@ class _Child:
             "num_late_steps": keeper.skip_count,
             "counts": [actor.buffer.counts[kind] for kind in Provenance],
             "rungs": [actor.buffer.rung_counts[rung] for rung in Rung],
+            "gaps": [actor.buffer.gap_counts[gap] for gap in Gap],
             "grants": [list(grant) for grant in grants],
             "num_collections": quiet.num_collections,
             "longest_collection_ns": quiet.longest_ns,

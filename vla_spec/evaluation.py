@@ -454,6 +454,7 @@ def _episode_tree(episode: Episode) -> dict[str, Any]:
         "chunk_ms_p50": round(float(np.median(times)), 4) if times else None,
         "delay_steps_mean": round(float(result.delay_steps.mean()), 3) if len(result.delay_steps) else None,
         "rungs": {rung.name: int(count) for rung, count in result.rungs.items() if count},
+        "gaps": {gap.name: int(count) for gap, count in result.gaps.items() if count},
     }
 
 

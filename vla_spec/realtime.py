@@ -269,7 +269,7 @@ class QuietInterpreter:
 
 @final
 class UsageLog:
-    """Page faults and context switches of one thread, tick by tick. Owned by that thread; about 1 us a tick.
+    """Page faults and context switches of one thread, tick by tick. Owned by that thread; about 2 us a tick.
 
     A minor fault is a page that was in memory but not mapped, a major one a page that had to be read; a switch is
     voluntary where the thread waited, and involuntary where it was pushed aside.

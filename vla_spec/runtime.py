@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_spec.action_space import ActionSpace
-from vla_spec.chunks import ChunkBuffer, ChunkOptions
+from vla_spec.chunks import ChunkBuffer, ChunkOptions, Gap
 from vla_spec.clock import NS_PER_S, Clock, NowNs, RateKeeper, VirtualClock
 from vla_spec.delay import DelayEstimator
 from vla_spec.errors import BadConfig, BadObservation
@@ -323,7 +323,7 @@ class EpisodeResult:
         provenance: uint8 [num_steps], values of `Provenance`, the weakest of each command.
         chunk_ids: int32 [num_steps], -1 = no chunk behind the command.
         counts: commands by provenance.
-        rungs: commands by rung; HOLD and STOP are the commands without a plan.
+        rungs: commands by rung; HOLD and STOP are the commands without a plan. gaps: these by their reason.
         slack_ns: int64 [num_steps], time that was left when the actor was ready for each step, negative = behind the
             clock; zeros where the clock is virtual.
         num_late_steps: steps that began a whole control period late or more.
@@ -347,6 +347,7 @@ class EpisodeResult:
     period_ns: int
     measured_period_ns: float | None
     realtime: RealtimeRecord | None = None
+    gaps: dict[Gap, int] = field(default_factory=dict)
 
     @property
     def num_holds(self) -> int:
@@ -673,4 +674,5 @@ def episode_result(
         period_ns=period_ns,
         measured_period_ns=None if keeper is None else keeper.measured_period_ns,
         realtime=realtime,
+        gaps=actor.buffer.gap_counts,
     )
