@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class VlaSpecError(Exception):
     """Base of all errors that are the user's to fix."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors of worker processes cross as they are, whatever their constructors take."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[VlaSpecError], args: tuple[Any, ...], attributes: dict[str, Any]) -> VlaSpecError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class UnknownOption(VlaSpecError):

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import multiprocessing
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vla_spec.clock import MonotonicClock
-from vla_spec.config import EXTRA_OF_LIBRARY, build_options, set_key
+from vla_spec.config import EXTRA_OF_LIBRARY, build_options, find_model, set_key
 from vla_spec.decoder import SpeculativeDecoder
 from vla_spec.errors import BadConfig, BadModel, MissingDependency, UnknownOption
 from vla_spec.progress import Reporter
@@ -57,11 +60,15 @@ def collect_demonstrations(
     for task in tasks or ():
         if task not in TASKS:
             raise UnknownOption("task", task, TASKS, "--tasks")
-    if policy is not None and not (policy / "policy.json").is_file():
-        raise BadModel(f"--policy {policy}: not a model folder; `vla-spec export` writes one")
+    if policy is not None:
+        policy = find_model(policy)
+        if not (policy / "policy.json").is_file():
+            raise BadModel(f"--policy {policy}: not a model folder; `vla-spec export` writes one")
     # Fail here and not in every process; importing it here would settle how MuJoCo renders.
     if importlib.util.find_spec("metaworld") is None:
         raise MissingDependency("metaworld, which this command needs,", "pip install 'vla_spec[sim]'")
+    if policy is not None:
+        act_with(policy)
     _make_folder(out)
     for stale in out.glob("*/.*.tmp"):
         stale.unlink(missing_ok=True)
@@ -73,7 +80,7 @@ def collect_demonstrations(
     ]
     progress.phase("collecting", len(jobs))
     # Fresh interpreters: an OpenGL context must not be inherited.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _leave_interrupts_to_the_parent) as pool:
         for text in pool.imap_unordered(_collect, jobs):
             progress.step(text)
 
@@ -89,15 +96,22 @@ def train_policy(
         settings: ``KEY=VALUE`` of `TrainOptions`.
         say: told one line now and then.
         start_from: an earlier policy's checkpoint, grown to this network's size. None = from scratch.
+
+    Raises:
+        BadConfig, BadModel, MissingDependency: see the message.
+        Interrupted: by Ctrl-C; the checkpoint is that of the last whole step.
     """
     with _needs("train"):
         from vla_spec.engines.nets.train import TrainOptions, train
     options = build_options(TrainOptions, _tree(settings), "train")
+    if checkpoint.is_dir():
+        raise BadConfig(f"--checkpoint {checkpoint}: is a folder; name a file in it, as in policy.safetensors")
     _make_folder(checkpoint.parent)
     _check_data(data)
     if start_from is not None:
         _check_checkpoint(start_from, "vla-spec train", "--start-from")
-    train(list(data), checkpoint, options, say, start_from)
+    with _stop_on_interrupt() as should_stop:
+        train(list(data), checkpoint, options, say, start_from, should_stop)
 
 
 def distill_drafters(
@@ -117,6 +131,10 @@ def distill_drafters(
         drafters: None = all that can be distilled.
         settings: ``KEY=VALUE`` of `DistillOptions`.
         say: told one line now and then.
+
+    Raises:
+        UnknownOption, BadConfig, BadModel, MissingDependency: see the message.
+        Interrupted: by Ctrl-C; the checkpoints are those of the last whole step.
     """
     with _needs("train"):
         from vla_spec.engines.nets import distill
@@ -131,16 +149,19 @@ def distill_drafters(
     model, vocabulary = load_policy(checkpoint)
     demonstrations = Demonstrations(list(data), model.config.horizon)
     source = distill.target_outputs(model, vocabulary, demonstrations, options, say)
-    for name in drafters or distill.distillers():
-        say(f"distilling {name}")
-        distill.distill(name, source, out / f"{name}.safetensors", options, say)
+    with _stop_on_interrupt() as should_stop:
+        for name in drafters or distill.distillers():
+            say(f"distilling {name}")
+            distill.distill(name, source, out / f"{name}.safetensors", options, say, should_stop)
 
 
 def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
     """Write the model folder: the policy, and every drafter that has a checkpoint.
 
+    Nothing is written before all checkpoints are read.
+
     Raises:
-        BadModel: no trained policy.
+        BadModel: no trained policy, or a checkpoint that is corrupt or doesn't belong to it.
         MissingDependency: libraries for training or the simulator (golden inputs are a real picture).
     """
     with _needs("train"):
@@ -148,17 +169,20 @@ def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
         from vla_spec.engines.nets import distill
         from vla_spec.engines.nets.weights import load_policy
     _check_checkpoint(checkpoint, "vla-spec train")
-    _make_folder(out)
     model, vocabulary = load_policy(checkpoint)
-    export.export_policy(model, vocabulary, out, _golden_inputs(model.config, vocabulary))
-    say(f"{out}: policy")
+    networks = {}
     for name in distill.distillers():
         file = drafters / f"{name}.safetensors"
         if not file.is_file():
-            say(f"{out}: no {name} ({file} is not there)")
+            stays = f"; the one in {out} stays" if (out / f"{name}.onnx").exists() else ""
+            say(f"no {name}: {file} is not there{stays}")
             continue
-        network = distill.distiller(name).build(model)
-        distill.restore(network, file)
+        networks[name] = distill.distiller(name).build(model)
+        distill.restore(networks[name], file)
+    _make_folder(out)
+    export.export_policy(model, vocabulary, out, _golden_inputs(model.config, vocabulary))
+    say(f"{out}: policy")
+    for name, network in networks.items():
         distill.distiller(name).export(network.eval(), out)
         say(f"{out}: {name}")
 
@@ -198,7 +222,32 @@ def _collect(job: Job) -> str:
         job.out, job.task, job.seeds, policy, keep_failures=policy is not None,
         progress=lambda task, is_success: done.append(is_success),
     )  # fmt: skip
-    return f"{job.task}: {sum(done)} of {len(done)} solved"
+    return f"{job.task}: {sum(done)} of {len(done)} solved" if done else f"{job.task}: was there already"
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches all processes of a terminal; the one that reports it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within it, Ctrl-C makes the yielded function say True, so that a step can end first; a second one interrupts."""
+    asked = threading.Event()
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _golden_inputs(config: Any, vocabulary: list[str]) -> dict[str, np.ndarray[Any, Any]]:

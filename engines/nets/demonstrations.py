@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from vla_spec.errors import BadConfig
 from vla_spec.robots._metaworld_tasks import TASKS
 
 PADDING, UNKNOWN = 0, 1
@@ -41,20 +43,31 @@ class Demonstrations:
         images: uint8 [N, cameras, s, s, 3]; about 83 kB a frame, so 70,000 frames take 6 GB.
         state: float32 [N, 4]. actions: float32 [N, H, 4], the expert's next H actions (the last one repeated).
         task: int32 [N], index into `TASKS`. is_validation: bool [N].
+
+    Raises:
+        BadConfig: no frames in these folders, or a file that is not a demonstration.
     """
 
     def __init__(self, folders: list[Path], horizon: int, limit: int | None = None) -> None:
         files = []
         for folder in folders:
             for t, name in enumerate(TASKS):
-                found = sorted((folder / name).glob("*.npz"), key=lambda f: int(f.stem))[:limit]
+                found = sorted((folder / name).glob("*.npz"), key=_seed)[:limit]
                 files += [(file, t, i >= len(found) - 2 and len(found) > 10) for i, file in enumerate(found)]
         count = 0
         for file, _, _ in files:
-            with np.load(file, allow_pickle=False) as data:
-                count += len(data["steps"])
+            try:
+                with np.load(file, allow_pickle=False) as data:
+                    count += len(data["steps"])
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise BadConfig(
+                    f"{file}: not a demonstration ({type(error).__name__}); delete it and `vla-spec collect` it again"
+                ) from error
         if not count:
-            raise FileNotFoundError(f"no demonstrations in {', '.join(map(str, folders))}")
+            raise BadConfig(
+                f"--data {', '.join(map(str, folders))}: no frames for any of the tasks {', '.join(TASKS)}; "
+                f"`vla-spec collect` writes them"
+            )
         self.state = np.empty((count, 4), np.float32)
         self.actions = np.empty((count, horizon, 4), np.float32)
         self.task = np.empty(count, np.int32)
@@ -80,6 +93,13 @@ class Demonstrations:
 
     def __len__(self) -> int:
         return len(self.task)
+
+
+def _seed(file: Path) -> int:
+    """Files are named by the seed of their episode."""
+    if not file.stem.isdecimal():
+        raise BadConfig(f"{file}: not a demonstration; they are named SEED.npz, as in 17.npz")
+    return int(file.stem)
 
 
 def augment(images: np.ndarray, rng: np.random.Generator, shift: int) -> np.ndarray:

@@ -16,12 +16,13 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vla_spec.engines.nets.demonstrations import Demonstrations, encode_phrasings
 from vla_spec.engines.nets.vla import VLA
-from vla_spec.errors import UnknownOption
+from vla_spec.errors import BadConfig, BadModel, Interrupted, UnknownOption
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class DistillOptions:
     execute_horizon: int = 4
     save_every: int = 500
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "max_frames", "execute_horizon", "save_every"):
+            if getattr(self, name) < 1:
+                raise BadConfig(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise BadConfig(f"learning_rate must be more than 0, got {self.learning_rate}")
+        if not 0 < self.decay <= 1:
+            raise BadConfig(f"decay must be in 0..1, 0 left out, got {self.decay}")
+        if self.seed < 0:
+            raise BadConfig(f"seed must be 0 or more, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -90,12 +102,23 @@ def greedy_chunks(model: VLA, images: Tensor, words: Tensor, state: Tensor) -> t
 def target_outputs(
     model: VLA, vocabulary: list[str], data: Demonstrations, options: DistillOptions, report: Callable[[str], None]
 ) -> Source:
-    """Decode whole episodes, chosen at random, until ``max_frames``."""
+    """Decode whole episodes, chosen at random, until ``max_frames``.
+
+    Raises:
+        BadConfig: no episode to learn from fits into ``max_frames``, or no chunk is as long as ``execute_horizon``.
+    """
     c, rng = model.config, np.random.default_rng(options.seed)
     episodes = rng.permutation(np.unique(data.episode))
     counts = np.bincount(data.episode)
     chosen = episodes[np.cumsum(counts[episodes]) <= options.max_frames]
     rows = np.flatnonzero(np.isin(data.episode, chosen))
+    if data.is_validation[rows].all():
+        raise BadConfig(
+            f"distill.max_frames: {options.max_frames} frames hold no whole episode to learn from, the longest has "
+            f"{counts.max()}; valid: as many frames as memory has room for"
+        )
+    if options.execute_horizon >= c.horizon:
+        raise BadConfig(f"distill.execute_horizon: {options.execute_horizon}; valid: less than {c.horizon}, a chunk")
     words = encode_phrasings(vocabulary, c.max_words)
     tokens = torch.empty(len(rows), c.num_tokens, dtype=torch.long)
     features = torch.empty(len(rows), c.prompt_length + c.num_tokens - 1, c.feature_width, dtype=torch.float16)
@@ -138,16 +161,27 @@ def distiller(name: str) -> ModuleType:
 
 
 def distill(
-    name: str, source: Source, checkpoint: Path, options: DistillOptions, report: Callable[[str], None] = print
+    name: str,
+    source: Source,
+    checkpoint: Path,
+    options: DistillOptions,
+    report: Callable[[str], None] = print,
+    should_stop: Callable[[], bool] | None = None,
 ) -> nn.Module:
-    """Train one drafter until ``options.steps``; goes on from ``checkpoint`` if it exists."""
+    """Train one drafter until ``options.steps``; goes on from ``checkpoint`` if it exists.
+
+    Raises:
+        UnknownOption: no such drafter.
+        BadModel: the checkpoint is corrupt, or of another drafter or target.
+        Interrupted: ``should_stop``, which is asked after each step, said yes; the checkpoint is written.
+    """
     recipe = distiller(name)
     torch.manual_seed(options.seed)
     network: nn.Module = recipe.build(source.target)
     optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     start = restore(network, checkpoint)
     if start:
-        report(f"{name}: resumed at step {start}")
+        report(f"{name}: resumed at step {start} of {options.steps}")
     train_at, valid_at = np.flatnonzero(~source.is_validation), np.flatnonzero(source.is_validation)
     rng, began = np.random.default_rng(options.seed + start), time.monotonic()
     for step in range(start, options.steps):
@@ -161,26 +195,43 @@ def distill(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 - start == 10:  # early once, to say how long it will take
             rate = (time.monotonic() - began) / (step + 1 - start)
             report(f"{name} step {step + 1} loss {loss.item():.3f} {said} {rate:.3f} s/step")
-        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+        is_stopped = should_stop is not None and should_stop()
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps or is_stopped:
             temporary = checkpoint.with_suffix(".tmp")
             save_file({**network.state_dict(), "step": torch.tensor(step + 1)}, temporary)
             temporary.replace(checkpoint)
+            if is_stopped and step + 1 < options.steps:
+                report(f"{checkpoint}: step {step + 1} of {options.steps}; the same command goes on from here")
+                raise Interrupted(f"{name} stopped at step {step + 1}")
             network.eval()
             if len(valid_at):
                 with torch.no_grad():
                     _, said = recipe.loss(network, source, valid_at[:512], options, np.random.default_rng(0))
                 report(f"{name} validation: {said}")
+    report(f"{checkpoint}: step {max(start, options.steps)}, done")
     return network.eval()
 
 
 def restore(network: nn.Module, checkpoint: Path) -> int:
-    """Load a checkpoint of `distill` if there is one; returns its step."""
+    """Load a checkpoint of `distill` if there is one; returns its step.
+
+    Raises:
+        BadModel: corrupt, or of another drafter or target.
+    """
     if not checkpoint.exists():
         return 0
-    saved = load_file(checkpoint)
-    step = int(saved.pop("step"))
-    network.load_state_dict(saved)
+    try:
+        saved = load_file(checkpoint)
+        step = int(saved.pop("step"))
+        network.load_state_dict(saved)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise BadModel(f"{checkpoint}: not a checkpoint of `vla-spec distill` ({error}); delete it") from error
+    except RuntimeError as error:  # shapes or names
+        raise BadModel(
+            f"{checkpoint}: of another drafter, or distilled for a policy of another size; delete it, or name another "
+            f"folder"
+        ) from error
     return step

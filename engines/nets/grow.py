@@ -6,6 +6,8 @@ with no effect, in the spirit of Net2Net (Chen et al. 2015, arXiv:1511.05641).
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from vla_spec.engines.nets.vla import VLA, VLAConfig
@@ -18,10 +20,12 @@ def grow(small: VLA, config: VLAConfig) -> VLA:
         ValueError: something other than num_layers and mlp_width differs, or one of these is smaller.
     """
     old = small.config
-    if VLAConfig(**{**config.__dict__, "num_layers": old.num_layers, "mlp_width": old.mlp_width}) != old:
-        raise ValueError(f"only num_layers and mlp_width can grow: {old} -> {config}")
+    changes = {k: (v, getattr(config, k)) for k, v in asdict(old).items() if v != getattr(config, k)}
+    said = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in changes.items())
+    if changes.keys() - {"num_layers", "mlp_width"}:
+        raise ValueError(f"only num_layers and mlp_width can grow, not {said}")
     if config.num_layers < old.num_layers or config.mlp_width < old.mlp_width:
-        raise ValueError(f"can't shrink: {old} -> {config}")
+        raise ValueError(f"num_layers and mlp_width can't shrink, {said}")
     big = VLA(config)
     with torch.no_grad():
         weights = big.state_dict()
@@ -29,7 +33,8 @@ def grow(small: VLA, config: VLAConfig) -> VLA:
             if not name.startswith("blocks."):
                 weights[name].copy_(value)
         # Old layer i lands so that new layers are spread evenly between the old ones.
-        places = [round(i * (config.num_layers - 1) / (old.num_layers - 1)) for i in range(old.num_layers)]
+        stride = (config.num_layers - 1) / max(old.num_layers - 1, 1)
+        places = [round(i * stride) for i in range(old.num_layers)]
         for i, block in enumerate(big.blocks):
             if i not in places:
                 block.out.weight.zero_()

@@ -24,9 +24,7 @@ class HeadConfig:
     def for_target(target: VLAConfig, mlp_width: int) -> HeadConfig:
         """A head that fits this target."""
         t = target
-        return HeadConfig(
-            t.width, t.feature_width, t.num_heads, mlp_width, t.prompt_length, t.num_tokens, t.num_bins
-        )
+        return HeadConfig(t.width, t.feature_width, t.num_heads, mlp_width, t.prompt_length, t.num_tokens, t.num_bins)
 
     def to_json(self) -> str:
         """As stored in the safetensors header."""

@@ -1,4 +1,4 @@
-"""Train the embedded policy on demonstrations. Can be interrupted at any time and goes on from its last checkpoint.
+"""Train the embedded policy on demonstrations. Can be stopped at any time and goes on from its checkpoint.
 
 Behaviour cloning with soft labels over action levels, multi-token prediction as an auxiliary task, noise on the
 fed-back tokens (so that a relaxed token does not derail the rest of the chunk), and an exponential moving average of
@@ -15,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vla_spec.engines.nets.demonstrations import Demonstrations, augment, build_vocabulary, encode_phrasings
 from vla_spec.engines.nets.grow import grow
 from vla_spec.engines.nets.levels import LEVEL_BINS, level_position, soft_cross_entropy, tokens_from_actions
 from vla_spec.engines.nets.vla import VLA, VLAConfig
-from vla_spec.engines.nets.weights import load_policy
-from vla_spec.errors import BadModel
+from vla_spec.engines.nets.weights import load_policy, policy_sizes, read_weights
+from vla_spec.errors import BadConfig, BadModel, Interrupted
 from vla_spec.robots._metaworld_tasks import TASKS
 
 
@@ -31,11 +30,11 @@ from vla_spec.robots._metaworld_tasks import TASKS
 class TrainOptions:
     """Schedule: warm up, stay, then decay linearly over the last ``decay_steps`` to zero.
 
-    num_layers, mlp_width: of the network, if no checkpoint says otherwise.
+    num_layers, mlp_width: of the network; None = the checkpoint's, or 14 and 1408 if there is none yet.
     """
 
-    num_layers: int = 14
-    mlp_width: int = 1408
+    num_layers: int | None = None
+    mlp_width: int | None = None
 
     steps: int = 20_000
     batch: int = 32
@@ -49,6 +48,20 @@ class TrainOptions:
     look_ahead_weight: float = 0.2
     save_every: int = 500
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "mlp_width", "steps", "batch", "warmup_steps", "decay_steps", "save_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise BadConfig(f"{name} must be 1 or more, got {value}")
+        for name in ("weight_decay", "shift", "look_ahead_weight", "seed"):
+            if getattr(self, name) < 0:
+                raise BadConfig(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise BadConfig(f"learning_rate must be more than 0, got {self.learning_rate}")
+        if not 0 <= self.ema < 1:
+            raise BadConfig(f"ema must be in 0..1, 1 left out, got {self.ema}")
+        if not 0 <= self.token_noise <= 1:
+            raise BadConfig(f"token_noise must be in 0..1, got {self.token_noise}")
 
 
 def save_checkpoint(path: Path, model: VLA, ema: dict[str, torch.Tensor], optimiser, step: int, vocabulary) -> None:  # type: ignore[no-untyped-def]
@@ -64,27 +77,81 @@ def save_checkpoint(path: Path, model: VLA, ema: dict[str, torch.Tensor], optimi
     temporary.replace(path)
 
 
+def read_checkpoint(
+    path: Path, options: TrainOptions, vocabulary: list[str]
+) -> tuple[VLAConfig, int, dict[str, torch.Tensor]]:
+    """Network sizes, step and tensors of a checkpoint that training can go on from.
+
+    Raises:
+        BadModel: corrupt, not a checkpoint of training, or of another vocabulary.
+        BadConfig: the options ask for another network.
+    """
+    saved, metadata = read_weights(path)
+    config = policy_sizes(metadata, path)
+    if "step" not in metadata:
+        raise BadModel(
+            f"--checkpoint {path}: weights without the state of their training; to go on from them, name them with "
+            f"--start-from and a new file with --checkpoint"
+        )
+    if json.loads(metadata["vocabulary"]) != vocabulary:
+        raise BadModel(f"--checkpoint {path}: trained with another vocabulary")
+    for name in ("num_layers", "mlp_width"):
+        asked, has = getattr(options, name), getattr(config, name)
+        if asked is not None and asked != has:
+            raise BadConfig(
+                f"train.{name}: {path} has {has}, got {asked}; leave it out, or grow the network with "
+                f"--start-from {path} and a new --checkpoint"
+            )
+    return config, int(metadata["step"]), saved
+
+
 def train(
     folders: list[Path],
     checkpoint: Path,
     options: TrainOptions,
     report: Callable[[str], None] = print,
     start_from: Path | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Train until ``options.steps``; resumes from ``checkpoint`` if it exists.
 
-    ``start_from``: averaged weights of an earlier training, grown to this network's size.
+    Args:
+        folders: of demonstrations.
+        checkpoint: safetensors file with all that is needed to go on.
+        options: of the schedule.
+        report: told one line now and then.
+        start_from: averaged weights of an earlier training, grown to this network's size; not looked at if there is a
+            checkpoint already.
+        should_stop: asked after each step; True = write the checkpoint and stop. None = never.
+
+    Raises:
+        BadModel, BadConfig: see `read_checkpoint`; a network that ``start_from`` can't grow to.
+        Interrupted: stopped on request.
     """
     vocabulary = build_vocabulary()
-    config = VLAConfig(num_words=len(vocabulary), num_layers=options.num_layers, mlp_width=options.mlp_width)
+    start = 0
+    saved: dict[str, torch.Tensor] = {}
+    if checkpoint.exists():
+        config, start, saved = read_checkpoint(checkpoint, options, vocabulary)
+        report(f"resumed at step {start} of {options.steps}")
+        if start_from is not None:
+            report(f"{checkpoint} is there already: --start-from {start_from} is left out")
+    else:
+        sizes = {k: v for k in ("num_layers", "mlp_width") if (v := getattr(options, k)) is not None}
+        config = VLAConfig(num_words=len(vocabulary), **sizes)
+    earlier = None
+    if start_from is not None and not saved:
+        earlier, words_known = load_policy(start_from)
+        if words_known != vocabulary:
+            raise BadModel(f"--start-from {start_from}: trained with another vocabulary")
     data = Demonstrations(folders, config.horizon)
     words = encode_phrasings(vocabulary, config.max_words)
     torch.manual_seed(options.seed)
-    if start_from is not None and not checkpoint.exists():
-        earlier, words_known = load_policy(start_from)
-        if words_known != vocabulary:
-            raise BadModel(f"{start_from}: trained with another vocabulary")
-        model = grow(earlier, config).train()
+    if earlier is not None:
+        try:
+            model = grow(earlier, config).train()
+        except ValueError as error:
+            raise BadConfig(f"--start-from {start_from}: {error}; valid: these two as large or larger") from None
     else:
         model = VLA(config)
         model.state_mean.copy_(torch.from_numpy(data.state.mean(0)))
@@ -96,17 +163,13 @@ def train(
         lr=options.learning_rate, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
     ema = {k: v.detach().clone().float() for k, v in model.state_dict().items()}
-    start = 0
-    if checkpoint.exists():
-        saved = load_file(checkpoint)
-        with safe_open(checkpoint, "pt") as file:
-            start = int(file.metadata()["step"])
+    if saved:
         model.load_state_dict({k[6:]: v for k, v in saved.items() if k.startswith("model.")})
         ema = {k[4:]: v for k, v in saved.items() if k.startswith("ema.")}
         for name, parameter in model.named_parameters():
             keys = {k.split(".")[1] for k in saved if k.startswith("optimiser.") and k.split(".", 2)[2] == name}
             optimiser.state[parameter] = {k: saved[f"optimiser.{k}.{name}"] for k in keys}
-        report(f"resumed at step {start}")
+        saved.clear()
     num_params = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("ahead_"))
     report(f"{num_params / 1e6:.1f} M parameters, {len(data)} frames, {len(set(data.episode))} episodes")
     train_rows = np.flatnonzero(~data.is_validation)
@@ -148,19 +211,26 @@ def train(
             current = model.state_dict()
             torch._foreach_lerp_(list(ema.values()), [current[k].float() for k in ema], 1 - keep)
         loss_sum, ahead_sum, count = loss_sum + loss.item(), ahead_sum + ahead_loss.item(), count + 1
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 - start == 10:  # early once, to say how long it will take
             rate = (step + 1 - start) / (time.monotonic() - began)
             report(f"step {step + 1} loss {loss_sum / count:.3f} ahead {ahead_sum / count:.3f} {1 / rate:.3f} s/step")
             loss_sum = ahead_sum = count = 0
-        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+        is_stopped = should_stop is not None and should_stop()
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps or is_stopped:
             save_checkpoint(checkpoint, model, ema, optimiser, step + 1, vocabulary)
+        if is_stopped and step + 1 < options.steps:
+            report(f"{checkpoint}: step {step + 1} of {options.steps}; the same command goes on from here")
+            raise Interrupted(f"training stopped at step {step + 1}")
         if (step + 1) % (4 * options.save_every) == 0 or step + 1 == options.steps:
             report(validate(model, ema, data, valid_rows, words))
+    report(f"{checkpoint}: step {max(start, options.steps)}, done")
 
 
 @torch.no_grad()
 def validate(model: VLA, ema: dict[str, torch.Tensor], data: Demonstrations, rows: np.ndarray, words) -> str:  # type: ignore[no-untyped-def]
     """Teacher-forced agreement of the averaged weights with held-out episodes, per task."""
+    if not len(rows):
+        return "validation: no episode is held out; a task with more than 10 episodes holds out 2"
     live = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(ema)
     model.eval()

@@ -65,15 +65,34 @@ def load_policy(path: Path) -> tuple[VLA, list[str]]:
     weights, metadata = read_weights(path)
     prefix = "ema." if any(k.startswith("ema.") for k in weights) else ""
     kept = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    return _network(kept, metadata, path), json.loads(metadata["vocabulary"])
+    network = _network(kept, metadata, path)
+    if "vocabulary" not in metadata:
+        raise BadModel(f"{path}: no vocabulary in its header; a checkpoint of `vla-spec train` has one")
+    return network, json.loads(metadata["vocabulary"])
+
+
+def policy_sizes(metadata: dict[str, str], path: Path) -> VLAConfig:
+    """The network sizes in the header of a policy's file.
+
+    Raises:
+        BadModel: it has none, as the file of a drafter.
+    """
+    try:
+        return VLAConfig.from_json(metadata["config"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadModel(
+            f"{path}: not a policy, its header has no sizes of one; checkpoints of `vla-spec train` and "
+            f"target.safetensors of a model folder have them"
+        ) from error
 
 
 def _network(weights: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> VLA:
     """The network of a file's header with these weights; all but `TRAINING_ONLY` must be there."""
-    if "config" not in metadata:
-        raise BadModel(f"{path}: no network sizes in its header; export the model again")
-    model = VLA(VLAConfig.from_json(metadata["config"]))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    model = VLA(policy_sizes(metadata, path))
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise BadModel(f"{path}: its weights don't have the sizes that its header says ({error})") from error
     missing = [m for m in missing if not m.startswith(TRAINING_ONLY)]
     if missing or unexpected:
         raise BadModel(f"{path}: missing tensors {missing[:5]}, unexpected tensors {unexpected[:5]}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vla_spec.commands._options import Episodes, SeedStart, Tasks, check_training_seeds, split
+from vla_spec.commands._options import SeedStart, Tasks, check_training_seeds, split
 
 
 def command(
@@ -15,14 +15,14 @@ def command(
         "data/demonstrations"
     ),
     tasks: Tasks = None,
-    episodes: Episodes = 100,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 100,
     seed_start: SeedStart = 0,
     processes: Annotated[int, typer.Option(min=1, help="Simulators side by side.")] = 2,
     policy: Annotated[
         Path | None, typer.Option(help="Model folder that drives part of each episode; the expert labels (DAgger).")
     ] = None,
 ) -> None:
-    """Record the scripted experts in the simulator. Resumes where it was stopped."""
+    """Record the scripted experts in the simulator: one file per task and seed. Goes on where it was stopped."""
     check_training_seeds(seed_start, episodes)
 
     from vla_spec.progress import LiveProgress

@@ -11,9 +11,12 @@ import typer
 def command(
     checkpoint: Annotated[Path, typer.Option(help="The trained policy.")] = Path("data/policy.safetensors"),
     drafters: Annotated[Path, typer.Option(help="Folder of the drafters' checkpoints.")] = Path("data/drafters"),
-    out: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("models/metaworld"),
+    out: Annotated[Path, typer.Option(help="Model folder; files in it are replaced.")] = Path("models/metaworld"),
 ) -> None:
-    """Write the model folder that engines load: safetensors, ONNX, policy.json and golden inputs."""
+    """Write the model folder that engines load: safetensors, ONNX, policy.json and golden inputs.
+
+    Try it with `vla-spec run --model FOLDER`.
+    """
     from vla_spec.recipe import export_model
 
     export_model(checkpoint, drafters, out, typer.echo)
