@@ -52,7 +52,7 @@ def open_session(path: Path, num_threads: int, provider: str = "CPUExecutionProv
     except ImportError as error:
         raise MissingDependency("ONNX Runtime", "pip install 'vla_spec[run]'") from error
     if not path.is_file():
-        raise BadModel(f"{path}: missing; `vla-spec export` writes it")
+        raise BadModel(f"{path}: missing; `vla-spec export` writes it, a drafter's after `vla-spec distill`")
     if provider not in ort.get_available_providers() and not allow_slow:
         raise SlowPath(f"{provider} is not in this ONNX Runtime; have {', '.join(ort.get_available_providers())}")
     options = ort.SessionOptions()
