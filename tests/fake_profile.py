@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from vla_spec.ladder import Reason
-from vla_spec.profiling.loop import Played
+from vla_spec.profiling.loop import Played, period_errors
 from vla_spec.profiling.planning import Measured
 from vla_spec.profiling.profile import ModeProfile, Profile
 from vla_spec.profiling.profiler import condition_of, loop_of
 from vla_spec.profiling.tracing_cost import TracingCost
+from vla_spec.realtime import Grant, RealtimeRecord
 from vla_spec.runtime import EpisodeResult
 from vla_spec.trace import PlanRecord
 from vla_spec.types import Provenance, Round, Rung
@@ -58,15 +59,18 @@ def played(num_steps=40, jitter_ns=100 * US, deadline_ms=20):
     plans = tuple(a_plan(i, 50 * MS * i, deadline_ms=deadline_ms) for i in range(num_steps // 4))
     acts = tuple((period * i + (jitter_ns if i % 2 else 0), period * i + 2 * MS) for i in range(num_steps))
     ids = np.repeat(np.arange(num_steps // 4), 4).astype(np.int32)
+    lateness = np.array([0, jitter_ns] * num_steps, np.int64)[:num_steps]
+    usage = np.zeros((num_steps, 4), np.int64)
+    grants = (Grant("actor", "SCHED_FIFO", "priority 50", False, "EPERM: Operation not permitted"),)
+    record = RealtimeRecord(period, lateness, usage, usage, grants)
     result = EpisodeResult(
         seed=0, success=True, num_steps=num_steps, plans=plans, observe_ns=np.zeros(len(plans), np.int64),
         delay_steps=np.ones(len(plans), np.int32), actions=np.zeros((num_steps, 4), np.float32),
         provenance=np.zeros(num_steps, np.uint8), chunk_ids=ids, counts=dict.fromkeys(Provenance, 0),
         rungs=dict.fromkeys(Rung, 0), slack_ns=np.zeros(num_steps, np.int64), num_late_steps=1, period_ns=period,
-        measured_period_ns=float(period),
+        measured_period_ns=float(period), realtime=record,
     )  # fmt: skip
-    errors = np.array([jitter_ns, -jitter_ns] * num_steps, np.int64)[: num_steps - 1]
-    return Played(result, errors, np.full(num_steps // 4, 3 * MS, np.int64), ((0, MS),), acts)
+    return Played(result, period_errors(result), np.full(num_steps // 4, 3 * MS, np.int64), ((0, MS),), acts)
 
 
 A_COST = TracingCost(40, 14_010.0, 14_000.0, 8.0, (-20.0, 31.0), 0.06, (-0.14, 0.22), 5.0, 4.0, 3.0, 0.05, 0.09)

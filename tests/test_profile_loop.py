@@ -5,21 +5,20 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
-from vla_spec.profiling.loop import TimedRobot, period_errors, waits
+from vla_spec.actor_process import ActorProcess
+from vla_spec.assemble import Assembler
+from vla_spec.config import resolve
+from vla_spec.profiling.loop import TimedRobot, open_robot, period_errors, play, waits
+from vla_spec.profiling.profiler import loop_of
+
+#: Asks for nothing but the process.
+QUIET = {"fifo_priority": 0, "planner_priority": 0, "lock_memory": False, "freeze_gc": False}
 
 
-def test_a_period_error_is_the_time_between_commands_minus_the_period():
-    acts = [(0, 5), (12, 15), (25, 26), (33, 40)]
-    assert period_errors(acts, [], 12).tolist() == [0, 1, -4]
-
-
-def test_time_in_which_the_world_stood_still_does_not_count():
-    acts = [(0, 5), (112, 115), (124, 126), (236, 240)]
-    free = [(6, 106), (130, 200), (210, 240)]
-    # 100 within the first gap; 70 and the 26 of the last one that lie before the fourth command.
-    assert period_errors(acts, free, 12).tolist() == [0, 0, 236 - 124 - 70 - 26 - 12]
+def test_a_period_error_is_how_much_later_one_step_is_than_the_one_before():
+    result = SimpleNamespace(realtime=SimpleNamespace(lateness_ns=np.array([0, 5, 3, 3, 40], np.int64)))
+    assert period_errors(result).tolist() == [5, -2, 0, 37]
 
 
 def test_a_chunk_waits_from_ready_to_its_first_command():
@@ -63,7 +62,39 @@ def test_a_timed_robot_is_the_robot_with_a_watch():
     assert robot.closed
 
 
-def test_two_commands_make_one_period():
-    assert len(period_errors([(0, 1)], [], 5)) == 0
-    with pytest.raises(StopIteration):
-        next(iter(period_errors([], [], 5)))
+def test_the_actor_gets_a_process_of_its_own_if_the_configuration_asks_for_one():
+    tree = {"engine": "toy", "robot": "toy", "runtime": {"clock": "real", "realtime": QUIET}}
+    config = resolve(tree)
+    assembler = Assembler()
+    example = assembler.robot(config.robot, None)
+    example.reset(0)
+    assembly = assembler.assemble(config, example.observe(0))
+    robot = open_robot(assembler, assembly, None)
+    try:
+        assert isinstance(robot, ActorProcess)
+        played = play(assembly, robot, 0, 50_000_000, 6)
+    finally:
+        robot.close()
+    assert played.result.num_steps == 6
+    assert len(played.period_error_ns) == 5
+    assert played.result.realtime.is_own_process
+    assert len(played.wait_ns) == len(played.acts) == 0
+    loop = loop_of([played], assembly.domain.num_tokens)
+    assert loop.wait is None
+    assert loop.realtime["is_own_process"]
+    assert loop.plans >= 1
+
+
+def test_without_it_the_actor_is_watched():
+    config = resolve({"engine": "toy", "robot": "toy"})
+    assembler = Assembler()
+    example = assembler.robot(config.robot, None)
+    example.reset(0)
+    assembly = assembler.assemble(config, example.observe(0))
+    robot = open_robot(assembler, assembly, None)
+    played = play(assembly, robot, 0, 50_000_000, 6)
+    robot.close()
+    assert len(played.acts) == 6
+    assert len(played.wait_ns) >= 1
+    assert (played.wait_ns >= 0).all()
+    assert loop_of([played], assembly.domain.num_tokens).wait is not None

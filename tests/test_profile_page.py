@@ -53,7 +53,7 @@ def test_everything_that_was_found_is_in_it(html):
         "autoregressive", "cold", "busy", "a note", "what idle is", "Chunk latency", "Deadlines", "Cold start",
         "Real-time loop", "What tracing costs", "Stages, idle", "Stages, busy", "hand_over", "pass", "FAIL",
         "needs 1000 values", "Compared with the old profile", "model differs", "A &lt;fast&gt; one", "a &amp; b",
-        "drafter: ngram",
+        "drafter: ngram", "no: EPERM",
     ):  # fmt: skip
         assert text in html, text
     assert "<fast>" not in html

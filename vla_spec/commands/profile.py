@@ -78,6 +78,14 @@ def command(
     real_time: Annotated[
         bool, typer.Option("--real-time", help="Also play the closed loop in real time: jitter, slack, hand-over.")
     ] = False,
+    realtime: Annotated[
+        bool,
+        typer.Option(
+            "--realtime",
+            help="Like --real-time, and asks for scheduler, cores, locked memory, quiet garbage collection and a "
+            "process for the actor; in detail with --set runtime.realtime.fifo_priority=50 and so on.",
+        ),
+    ] = False,
     max_steps: Annotated[int, typer.Option(min=1, help="Control steps of an episode.")] = 200,
     slowest: Annotated[
         int, typer.Option(min=1, help="Slowest plans of each mode and load in slowest.trace.json.")
@@ -116,7 +124,10 @@ def command(
     from vla_spec.profiling.planning import Amount
     from vla_spec.profiling.profiler import ProfilePlan
 
-    overrides = override_tree(model, engine, robot, threads, deadline_ms, execute_horizon, None)
+    overrides = override_tree(model, engine, robot, threads, deadline_ms, execute_horizon, True if realtime else None)
+    if realtime:
+        overrides["runtime"]["realtime"] = {}
+    real_time = real_time or realtime
     amount = Amount(None, seconds) if seconds is not None else Amount(plans or DEFAULT_PLANS)
     plan = ProfilePlan(
         configs=resolve_modes(modes, config, overrides, set_),

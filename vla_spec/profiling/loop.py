@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, final
@@ -10,8 +9,10 @@ from typing import NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from vla_spec.assemble import Assembly
+from vla_spec.actor_process import ActorProcess
+from vla_spec.assemble import Assembler, Assembly
 from vla_spec.clock import NowNs
+from vla_spec.config import as_options
 from vla_spec.runtime import EpisodeResult, EpisodicRobot, Mode, run_episode
 from vla_spec.types import Float32, Observation
 
@@ -78,9 +79,10 @@ class Played(NamedTuple):
 
     Attributes:
         result: of the episode.
-        period_error_ns: int64 [steps - 1], time between two commands minus the nominal period; positive = late.
-        wait_ns: int64 [chunks that were played], from a chunk's being ready until its first command goes out.
-        observes, acts: calls of the robot.
+        period_error_ns: int64 [steps - 1], time between the beginnings of two control steps minus the nominal period.
+        wait_ns: int64 [chunks that were played], from a chunk's being ready until its first command goes out; empty
+            where the actor has a process of its own, whose calls are not seen here.
+        observes, acts: calls of the robot; empty likewise.
     """
 
     result: EpisodeResult
@@ -90,7 +92,16 @@ class Played(NamedTuple):
     acts: tuple[Interval, ...]
 
 
-def play(assembly: Assembly, robot: EpisodicRobot, seed: int, budget_ns: int, max_steps: int) -> Played:
+def open_robot(assembler: Assembler, assembly: Assembly, task: str | None) -> TimedRobot | ActorProcess:
+    """The robot of the loop: in this process, or in the actor's own if the configuration asks for one. Close it."""
+    choice, asked = assembly.config.robot, assembly.runtime.realtime
+    if asked is None or not asked.actor_process:
+        return TimedRobot(assembler.robot(choice, task), assembly.clock.now_ns)
+    options = as_options(choice.options) | ({} if task is None else {"task": task})
+    return ActorProcess(choice.name, options, assembly.domain, assembly.policy.space)
+
+
+def play(assembly: Assembly, robot: TimedRobot | ActorProcess, seed: int, budget_ns: int, max_steps: int) -> Played:
     """Play one episode in real time, to its last step even if the task is solved before.
 
     Args:
@@ -100,39 +111,35 @@ def play(assembly: Assembly, robot: EpisodicRobot, seed: int, budget_ns: int, ma
         budget_ns: time for a plan, from its observation on.
         max_steps: control steps.
     """
-    timed = TimedRobot(robot, assembly.clock.now_ns)
     options = replace(
         assembly.runtime, mode=Mode.REAL_TIME, budget_ns=budget_ns, max_steps=max_steps, stop_on_success=False
     )
-    result = run_episode(timed, assembly.policy, assembly.clock, options, seed)
-    free = timed.observes if options.is_observing_free else []
-    return Played(
-        result,
-        period_errors(timed.acts, free, result.period_ns),
-        waits(result, timed.acts, free),
-        tuple(timed.observes),
-        tuple(timed.acts),
-    )
+    if isinstance(robot, ActorProcess):
+        result = robot.run_episode(assembly.policy, assembly.clock, options, seed)
+        return Played(result, period_errors(result), np.empty(0, np.int64), (), ())
+    result = run_episode(robot, assembly.policy, assembly.clock, options, seed)
+    free = robot.observes if options.is_observing_free else []
+    waited_ns = waits(result, robot.acts, free)
+    return Played(result, period_errors(result), waited_ns, tuple(robot.observes), tuple(robot.acts))
 
 
-def period_errors(acts: Sequence[Interval], free: Sequence[Interval], period_ns: int) -> npt.NDArray[np.int64]:
-    """Time between commands minus the period, int64 [len(acts) - 1].
+def period_errors(result: EpisodeResult) -> npt.NDArray[np.int64]:
+    """Time between two control steps minus the period, int64 [steps - 1].
 
-    Args:
-        acts: when commands went out.
-        free: intervals in which the simulated world stood still; they don't count.
-        period_ns: nominal.
+    The schedule is absolute, so it is how much later one step was than the one before it. Time in which the simulated
+    world stood still moves the schedule and is in none of them.
     """
-    begins = np.array([begin for begin, _ in acts], np.int64)
-    stood = np.array([_overlap(free, *pair) for pair in itertools.pairwise(begins.tolist())], np.int64)
-    return np.diff(begins) - stood - period_ns
+    assert result.realtime is not None, "an episode in real time"
+    return np.diff(result.realtime.lateness_ns)
 
 
 def waits(result: EpisodeResult, acts: Sequence[Interval], free: Sequence[Interval]) -> npt.NDArray[np.int64]:
     """From ready to the first command, int64 [chunks that were played].
 
-    A chunk whose first command went out earlier than it was ready by the actor's clock does not exist: the first plan
-    of an episode may be waited for, which counts as well.
+    Args:
+        result: of the episode.
+        acts: when commands went out.
+        free: intervals in which the simulated world stood still; they don't count.
     """
     ready_ns = {plan.chunk_id: plan.ready_ns for plan in result.plans}
     found = []

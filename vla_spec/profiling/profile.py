@@ -37,9 +37,11 @@ MEANING = {
     "hand_over": "putting a chunk into the actor's buffer and reading the first command",
     "first_ms": "the first plan of a new session",
     "load_ms": "making the session: reading weights, building graph, drafter and controller",
-    "period_error": "real-time loop: time between two commands minus the control period, drawing of pictures left out "
-    "where it is free; jitter is its magnitude",
-    "wait": "real-time loop: from a chunk's being ready until its first command goes out",
+    "period_error": "real-time loop: time between the beginnings of two control steps minus the period, drawing of "
+    "pictures left out where it is free; jitter is its magnitude",
+    "wait": "real-time loop: from a chunk's being ready until its first command goes out; null where the actor has a "
+    "process of its own",
+    "realtime": "what was asked of the operating system for the loop, and whether it was granted",
     "quantiles": "nearest rank from HdrHistogram (three significant digits); null where the number of values is too "
     "small to tell it from the extreme one: p99 needs 100, p999 needs 1000; min, max and mean are exact",
     "series": "per plan in the order of time: at_ms since the condition began, chunk_us, slack_us, rounds",
@@ -128,6 +130,8 @@ class Loop:
         jitter: magnitude of period_error.
         late_steps: control steps that began a whole period late or more. hold_steps: those without a plan.
         observe: one look of the robot, drawing included.
+        realtime: what was asked of the operating system and what was granted, page faults and context switches; see
+            `vla_spec.realtime.report`.
     """
 
     episodes: int
@@ -148,6 +152,7 @@ class Loop:
     wait: Distribution | None
     observe: Distribution | None
     rungs: dict[str, int]
+    realtime: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +354,7 @@ def _merge_loop(first: Loop, second: Loop) -> Loop:
     return Loop(
         **joined, **counted, period_ms=first.period_ms, plans=plans, misses=misses, miss_rate=misses / plans,
         miss_ci95=interval, rungs=_joined(first.rungs, second.rungs, int.__add__),
+        realtime=first.realtime,
     )  # fmt: skip
 
 

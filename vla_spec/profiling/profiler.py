@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vla_spec import realtime
 from vla_spec.assemble import Assembler, Assembly
 from vla_spec.calib.background_load import BackgroundLoad
 from vla_spec.comparison import WARMUP_PLANS, Sample, make_samples
@@ -28,7 +29,7 @@ from vla_spec.evaluation import (
 )
 from vla_spec.profiling.chrome_trace import Group, SlowPlan, around, slowest
 from vla_spec.profiling.histograms import Distribution, distribution
-from vla_spec.profiling.loop import Played, play
+from vla_spec.profiling.loop import Played, open_robot, play
 from vla_spec.profiling.planning import NS_PER_MS, Amount, Bench, Measured, plan_all, quiet, warm_up
 from vla_spec.profiling.profile import (
     MAX_SERIES,
@@ -100,6 +101,8 @@ class ProfilePlan:
             raise BadConfig(f"--late is {self.late!r}; valid: {' or '.join(LATE)}")
         if any(config.robot != self.configs[0].robot for config in self.configs):
             raise BadConfig("modes: all modes of one profile need the same robot")
+        if any(config.runtime.realtime != self.configs[0].runtime.realtime for config in self.configs):
+            raise BadConfig("modes: all modes of one profile need the same runtime.realtime")
         for load in self.loads:
             BackgroundLoad(load, self.load_processes)  # says what is wrong with it
         if not self.loads or len(set(self.loads)) < len(self.loads):
@@ -141,9 +144,11 @@ def profile(plan: ProfilePlan, progress: Reporter) -> Profiled:
     example = first_observation(assembler, first.robot, tasks[0], plan.seeds[0])
     progress.phase("building modes", len(plan.configs))
     assemblies = []
-    for config in plan.configs:
-        assemblies.append(assembler.assemble(config, example))
-        progress.step(config.mode)
+    asked = first.runtime.realtime or realtime.RealtimeOptions(fifo_priority=0, planner_priority=0)
+    with realtime.thread_privileges("planner", asked.planner_priority, asked.planner_cpus):  # costs as in the loop
+        for config in plan.configs:
+            assemblies.append(assembler.assemble(config, example))
+            progress.step(config.mode)
     samples = _samples(assembler, assemblies, tasks, plan, progress)
     benches = [_bench(assembly, plan) for assembly in assemblies]
 
@@ -244,7 +249,8 @@ def loop_of(episodes: Sequence[Played], num_tokens: int) -> Loop:
     plans = [plan for episode in episodes for plan in episode.result.plans]
     errors = np.concatenate([episode.period_error_ns for episode in episodes])
     waits = np.concatenate([episode.wait_ns for episode in episodes])
-    observes = [end - begin for episode in episodes for begin, end in episode.observes]
+    observes = np.concatenate([episode.result.observe_ns for episode in episodes])
+    records = [episode.result.realtime for episode in episodes if episode.result.realtime is not None]
     misses = sum(plan.slack_ns < 0 for plan in plans)
     interval = wilson_interval(misses, len(plans))
     assert interval is not None, "no plans"
@@ -267,6 +273,7 @@ def loop_of(episodes: Sequence[Played], num_tokens: int) -> Loop:
         wait=distribution(waits),
         observe=distribution(observes),
         rungs=_counts(plan.rung.name for plan in plans),
+        realtime=realtime.report(records),
     )
 
 
@@ -320,7 +327,7 @@ def _loops(
     progress.phase(f"real time, {load}", len(tasks) * len(plan.seeds) * len(assemblies))
     played: dict[str, list[Played]] = {a.config.mode: [] for a in assemblies}
     for t, task in enumerate(tasks):
-        robot = assembler.robot(assemblies[0].config.robot, task)
+        robot = open_robot(assembler, assemblies[0], task)
         try:
             for s, seed in enumerate(plan.seeds):
                 first = (t + s) % len(assemblies)
@@ -369,6 +376,7 @@ def _results(
         costs={a.config.mode: a.costs.as_json() for a in assemblies},
         notes=(f"latencies of condition {load}; everything else is in profile.json", *made.notes),
         environment=made.environment,
+        realtime={mode: own.loops[load].realtime for mode, own in made.modes.items() if load in own.loops},
     )
 
 

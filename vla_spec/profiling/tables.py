@@ -99,7 +99,7 @@ def period_table(profile: Profile) -> Rows:
     ]
     columns = ("mode", "load", "steps", "period", *RANK_NAMES, "max", "late")
     about = (
-        "jitter by percentile: |time between commands - period| [ms]; late: steps that began a whole period behind or "
+        "jitter by percentile: |time between two steps - period| [ms]; late: steps that began a whole period behind or "
         "more"
     )
     return Rows("Real-time loop: jitter of the control period", about, columns, rows)
@@ -121,6 +121,19 @@ def loop_table(profile: Profile) -> Rows:
         "holds: steps without a plan; ok: episodes that solved their task"
     )
     return Rows("Real-time loop: plans", about, columns, rows)
+
+
+def grant_table(profile: Profile) -> Rows:
+    """What the loop asked of the operating system, refusals of any mode first."""
+    seen: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    for own in profile.modes.values():
+        for load, loop in own.loops.items():
+            for grant in loop.realtime.get("grants", ()):
+                answer = "yes" if grant["granted"] else f"no: {grant['reason']}"
+                key = (load, grant["role"], grant["what"])
+                if key not in seen or seen[key][-1] == "yes":
+                    seen[key] = (f"{grant['role']}: {grant['what']}", load, grant["asked"], answer)
+    return Rows("Real-time loop: asked for", "", ("what", "load", "asked", "granted"), tuple(seen.values()))
 
 
 def tracing_table(profile: Profile) -> Rows:
@@ -172,7 +185,7 @@ def change_table(compared: ProfileComparison) -> Rows:
 
 def main_tables(profile: Profile) -> list[Rows]:
     """All but stages and verdicts; some may be empty."""
-    makers = latency_table, deadline_table, cold_table, period_table, loop_table, tracing_table
+    makers = latency_table, deadline_table, cold_table, period_table, loop_table, grant_table, tracing_table
     return [make(profile) for make in makers]
 
 
@@ -227,7 +240,8 @@ def _print(table: Rows, console: Console) -> None:
     shown = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(table.columns):
         is_name = i < table.num_names
-        width = (14, 6, 6)[i] if is_name else None  # names may fold, numbers may not
+        # Names may fold where they are very long, numbers may not.
+        width = min(18, max(len(row[i]) for row in table.rows)) if is_name else None
         shown.add_column(
             name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold", min_width=width
         )
