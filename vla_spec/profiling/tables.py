@@ -167,19 +167,17 @@ def change_table(compared: ProfileComparison) -> Rows:
         if change.name == "miss_rate":
             old, new = rate(change.old), rate(change.new)
             between = (
-                "-"
-                if change.interval is None
-                else f"{100 * change.interval[0]:+.1f}..{100 * change.interval[1]:+.1f} %"
+                "-" if change.interval is None else f"{100 * change.interval[0]:+.1f}..{100 * change.interval[1]:+.1f}"
             )
         else:
             old, new = f"{change.old:.4g}", f"{change.new:.4g}"
             between = "-" if change.interval is None else f"{change.interval[0]:.3f}..{change.interval[1]:.3f}"
         ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
-        rows.append((f"{change.mode}.{change.condition}", change.name, old, new, ratio, between, change.verdict))
-    about = f"old: {compared.old_created or 'unknown time'}; {compared.statement}"
+        name = change.name.removesuffix("_ms")
+        rows.append((f"{change.mode}.{change.condition}", name, change.verdict, old, new, ratio, between))
+    about = f"times in ms; old: {compared.old_created or 'unknown time'}; {compared.statement}"
     return Rows(
-        "Compared with the old profile", about, ("mode", "number", "old", "new", "ratio", "99 % interval", "verdict"),
-        rows,
+        "Compared with the old profile", about, ("mode", "number", "verdict", "old", "new", "ratio", "99 %"), rows,
     )  # fmt: skip
 
 
