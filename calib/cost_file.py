@@ -37,6 +37,8 @@ LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 LARGEST_FALL = 0.10
 #: ... unless the difference is less than this [ns], which is a timer's and an interpreter's own jitter.
 IGNORED_FALL_NS = 20_000
+#: The drafter that drafts nothing.
+NO_DRAFTER = "none"
 CALIBRATE = "`vla-spec calibrate costs` makes one"
 
 Ns = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -434,6 +436,9 @@ def choose(file: CostFile, wanted: Wanted, path: Path) -> Costs:
     for column in table.drafters:
         if column.drafter == wanted.drafter:
             return _whole(table, column, wanted, where)
+    if wanted.drafter.name == NO_DRAFTER:  # the baseline of every comparison: needs no column, drafting is free
+        nothing = DraftTable.model_construct(drafter=wanted.drafter, draft={})
+        return _whole(table, nothing, wanted, where)
     have = ", ".join(str(column.drafter) for column in table.drafters)
     raise BadConfig(
         f"{where} has no costs of drafter {wanted.drafter}; have {have}; calibrate with this mode in --modes"

@@ -167,6 +167,13 @@ def test_costs_of_another_drafter_or_shape_are_refused(store, drafter):
     assert "block_head (min_confidence=0.15)" in message
 
 
+def test_plain_decoding_needs_no_drafting_column(store):
+    costs = load_costs(store(measured()), "", wanted(drafter=DrafterIdentity(name="none")))
+    assert costs.step_ns(1) == 2.2e6
+    assert costs.draft == {}
+    assert costs.draft_quantile_ns(8, 0.99) == 0
+
+
 @pytest.mark.parametrize("change", [{"cpu": "another CPU"}, {"cores": 4}, {"gpu": "NVIDIA X"}])
 def test_costs_of_another_device_are_refused_unless_allowed(store, change):
     elsewhere = Device(**{**DEVICE, **change})
