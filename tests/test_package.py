@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from source_copy import copy_source
 
 import vla_spec
 from vla_spec import plugins
@@ -122,25 +123,7 @@ def test_the_core_imports_with_numpy_and_the_standard_library_only():
 def wheel(tmp_path_factory):
     """Built from a copy without build leftovers, as a packager would."""
     out = tmp_path_factory.mktemp("wheel")
-    source = tmp_path_factory.mktemp("source") / "vla_spec"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-    )
-    if listed.returncode != 0:
-        pytest.skip("needs a git checkout")
-    for name in listed.stdout.decode().split("\0"):
-        path = ROOT / name
-        if not name or name.startswith(("models/", "tests/")) or not (path.is_symlink() or path.is_file()):
-            continue
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():
-            target.symlink_to(path.readlink())
-        else:
-            target.write_bytes(path.read_bytes())
+    source = copy_source(tmp_path_factory.mktemp("source") / "vla_spec")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
