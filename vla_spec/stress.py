@@ -73,6 +73,8 @@ MEANING = {
     "against somebody who drafts as the other modes do (toy engine only)",
     "oracle_complete_rate": "share of these plans whose whole chunk the oracle verifies in time",
     "oracle_ratio": "verified tokens / the oracle's, over the same plans",
+    "success_rate": "share of episodes of a robot with tasks; each is played to its end, so that ticks may be exceeded",
+    "steps_to_success": "mean control steps of the episodes that were solved",
     "hold_rate": "share of control steps without a plan",
     "violations": "broken invariants; each is a fault of the runtime",
     "never_fired": "faults that were asked for and did not strike once: the check could not have failed",
@@ -86,7 +88,8 @@ class StressPlan:
     Attributes:
         configs: one per mode, all with the same robot and engine; see `virtual`.
         faults: name -> options of the faults that are switched on.
-        num_ticks: control steps of each mode.
+        num_ticks: control steps of each mode; a few more with a robot that has tasks, whose episodes are played to
+            their end.
         seed: of everything random: weather, faults, episodes.
         tasks: None = all that the robot offers.
         episode_ticks: control steps of an episode at most; robots with tasks also end theirs at success.
@@ -142,6 +145,7 @@ class StressRow:
     episodes: int
     success_rate: float | None
     success_ci95: tuple[float, float] | None
+    steps_to_success: float | None
     violations: int
     never_fired: tuple[str, ...]
 
@@ -356,9 +360,8 @@ class _ModeRun:
         self._chunks: Counter[str] = Counter()
         self._late_by_fault: Counter[str] = Counter()
         self._names = {fault: name for name, fault in self._faults.items()}
-        self._num_comparable = self._num_episodes = self._num_successes = self._num_ticks = self._num_scored = (
-            self._period_ns
-        ) = 0
+        self._num_ticks = self._num_comparable = self._period_ns = 0
+        self._num_episodes = self._num_scored = self._num_successes = self._num_solving_ticks = 0
 
     def play(self, progress: Reporter) -> None:
         """All control steps, task by task, episode by episode."""
@@ -392,14 +395,16 @@ class _ModeRun:
             if self._num_ticks % REPORT_EVERY == 0:
                 progress.step(f"{self._assembly.config.mode}: {sum(checker.counts.values())} violations")
             is_solved = is_scored and robot.is_success
-            is_over = not is_sound or is_solved or self._num_ticks >= until or actor.step >= plan.episode_ticks
+            # A scored episode is played to its end, or failures would be cut off more often than successes.
+            is_out_of_ticks = self._num_ticks >= until and not is_scored
+            is_over = not is_sound or is_solved or is_out_of_ticks or actor.step >= plan.episode_ticks
         checker.end_episode()
         clock.sleep_until_ns(start_ns + actor.step * period_ns)
-        is_whole = is_solved or actor.step >= plan.episode_ticks
         self._num_episodes += 1
-        if is_scored and is_whole:
+        if is_scored:
             self._num_scored += 1
             self._num_successes += is_solved
+            self._num_solving_ticks += actor.step if is_solved else 0
         self._command_rungs.update({rung.name: count for rung, count in buffer.rung_counts.items()})
         for name in ("accepted", "stale", "out_of_order", "shifted"):
             self._chunks[name] += getattr(buffer, f"num_{name}")
@@ -544,6 +549,7 @@ class _ModeRun:
             episodes=self._num_episodes,
             success_rate=_ratio(self._num_successes, scored),
             success_ci95=wilson_interval(self._num_successes, scored),
+            steps_to_success=_ratio(self._num_solving_ticks, self._num_successes),
             violations=sum(counts.values()),
             never_fired=tuple(name for name, fault in self._faults.items() if self._should_have_fired(fault)),
         )

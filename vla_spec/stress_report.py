@@ -34,6 +34,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[StressRow], str]], ...] = (
     ("of oracle", "oracle_ratio", lambda r: percent(r.oracle_ratio, 1)),
     ("held", "hold_rate", lambda r: percent(r.hold_rate, 1)),
     ("success", "success_rate", lambda r: success(r)),
+    ("steps to success", "steps_to_success", lambda r: number(r.steps_to_success)),
 )  # fmt: skip
 
 
