@@ -36,11 +36,12 @@ def print_fit(fit: ToleranceFit, console: Console) -> None:
         )  # fmt: skip
     console.print(opened)
     tasks = list(fit.closed_loop[0].by_task)
-    closed = _table("Closed loop", "way", "cap", "success", "95 % CI", "n", *tasks, "bound", "not worse")
+    headings = [task.replace("-", "-\n") for task in tasks]
+    closed = _table("Closed loop", "way", "cap", "success", "95 % CI", *headings, "steps", "bound", "not\nworse")
     for one in fit.closed_loop:
         closed.add_row(
-            one.way, number(one.cap * MM, 2), percent(one.success_rate), interval(one.success_ci95), str(one.episodes),
-            *(f"{one.by_task[task][0]}/{one.by_task[task][1]}" for task in tasks),
+            one.way.replace("_", " "), number(one.cap * MM, 2), percent(one.success_rate), interval(one.success_ci95),
+            *(f"{one.by_task[task][0]}/{one.by_task[task][1]}" for task in tasks), number(one.steps_mean, 0),
             "-" if one.lower_bound is None else f"{100 * one.lower_bound:+.0f} %",
             "-" if one.is_not_worse is None else "yes" if one.is_not_worse else "no",
         )  # fmt: skip
@@ -95,7 +96,7 @@ def write_plot(fit: ToleranceFit, path: Path) -> None:
     if chosen is not None:
         left.axvline(chosen * MM, color="grey", linewidth=1, label="fitted")
     left.set(xscale="log", ylim=(-0.03, 1.03), xlabel="cap per token [mm]", ylabel="success")
-    left.legend(fontsize=8, loc="lower left")
+    left.legend(fontsize=8, loc="center right")
     shown = fit.open_loop[1:]
     caps = [row.cap * MM for row in shown]
     right.plot(caps, [row.speedup_decode for row in shown], color="#009e73", marker="o", label="decode, times faster")
@@ -104,7 +105,10 @@ def write_plot(fit: ToleranceFit, path: Path) -> None:
     other.plot(caps, [max(row.deviation_max) * MM for row in shown], color="#cc79a7", marker="v", linestyle="--")
     other.plot(caps, caps, color="grey", linewidth=1, linestyle=":")
     other.set(yscale="log", ylabel="largest deviation [mm] (dashed)")
-    right.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="lower right")
+    for axes in (left, right):
+        axes.set_xticks(caps, [f"{cap:g}" for cap in caps], fontsize=8)
+        axes.minorticks_off()
     text = io.StringIO()
     figure.savefig(text, format="svg")
     plt.close(figure)
