@@ -5,7 +5,8 @@
 Meta-World on a virtual clock: latencies are drawn from a stated cost table (`COSTS_MS` and its spread, times
 ``--slow``), so that kinds differ by nothing but the hand-over and a run repeats exactly. A seam is a control step
 whose chunk is another than the step before; its jump is the largest change of the three translations, in millimetres
-per control step. ``inside`` is the same where the chunk stays.
+per control step. ``inside`` is the same where the chunk stays. Jumps are those of episodes that every kind solved: an
+arm that stands still makes none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vla_spec.chunks import ChunkOptions, HandOver
 from vla_spec.config import merge, read_mode, resolve
 from vla_spec.costs import Costs
 from vla_spec.evaluation import first_observation
-from vla_spec.results import environment, wilson_interval
+from vla_spec.results import environment, number, wilson_interval
 from vla_spec.runtime import EpisodeResult, run_episode
 from vla_spec.trace import write_json
 from vla_spec.types import Provenance
@@ -73,7 +74,18 @@ def main() -> None:
                 found[kind.value].append(result)
                 print(f"{task} {seed} {kind.value}: {'success' if result.success else 'failure'}", file=sys.stderr)
         robot.close()
-    rows = [{"hand_over": kind, **figures(results)} for kind, results in found.items()]
+    solved = [all(results[i].success for results in found.values()) for i in range(len(tasks) * asked.episodes)]
+    rows = [
+        {
+            "hand_over": kind,
+            "successes_by_task": {
+                task: sum(result.success for result in results[t * asked.episodes : (t + 1) * asked.episodes])
+                for t, task in enumerate(tasks)
+            },
+            **figures(results, solved),
+        }
+        for kind, results in found.items()
+    ]
     write_json(
         asked.out / "results.json",
         {
@@ -88,8 +100,8 @@ def main() -> None:
     for row in rows:
         table.add_row(
             row["hand_over"], f"{row['successes']}/{row['episodes']}", f"{row['delay_steps_mean']:.2f}",
-            str(row["num_seams"]), *(f"{row['seam_mm'][q]:.2f}" for q in ("p50", "p90", "p99", "max")),
-            *(f"{row['inside_mm'][q]:.2f}" for q in ("p50", "p99", "max")),
+            str(row["num_seams"]), *(number(row["seam_mm"][q], 2) for q in ("p50", "p90", "p99", "max")),
+            *(number(row["inside_mm"][q], 2) for q in ("p50", "p99", "max")),
         )  # fmt: skip
     Console(width=140).print(table)
     print(asked.out / "results.json")
@@ -108,10 +120,10 @@ def stated_costs(factor: float) -> Costs:
     )
 
 
-def figures(results: list[EpisodeResult]) -> dict:
-    """Jumps at seams and inside chunks, pooled over episodes; commands without a plan are left out."""
-    seams, inside = [], []
-    for result in results:
+def figures(results: list[EpisodeResult], solved: list[bool]) -> dict:
+    """Successes of all episodes, jumps of those that every kind solved; commands without a plan are left out."""
+    seams, inside = [np.empty(0)], [np.empty(0)]
+    for result in (result for result, is_solved in zip(results, solved, strict=True) if is_solved):
         jump = np.abs(np.diff(result.actions[:, :3], axis=0)).max(axis=1) * MM_PER_UNIT
         is_planned = result.provenance != Provenance.HOLD
         counts = is_planned[1:] & is_planned[:-1]
@@ -120,7 +132,8 @@ def figures(results: list[EpisodeResult]) -> dict:
         inside.append(jump[counts & ~is_seam])
     successes = sum(result.success for result in results)
     return {
-        "episodes": len(results), "successes": successes, "success_ci95": wilson_interval(successes, len(results)),
+        "episodes": len(results), "episodes_with_jumps": sum(solved), "successes": successes,
+        "success_ci95": wilson_interval(successes, len(results)),
         "num_seams": sum(map(len, seams)), "seam_mm": quantiles(seams), "inside_mm": quantiles(inside),
         "delay_steps_mean": float(np.concatenate([result.delay_steps[1:] for result in results]).mean()),
         "num_steps_mean": float(np.mean([result.num_steps for result in results])),
@@ -128,9 +141,11 @@ def figures(results: list[EpisodeResult]) -> dict:
     }  # fmt: skip
 
 
-def quantiles(parts: list[np.ndarray]) -> dict[str, float]:
+def quantiles(parts: list[np.ndarray]) -> dict[str, float | None]:
     values = np.concatenate(parts)
     levels = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+    if not len(values):
+        return dict.fromkeys(levels)
     return {name: round(float(np.percentile(values, level)), 4) for name, level in levels.items()}
 
 
