@@ -17,7 +17,8 @@ import numpy.typing as npt
 #: Residuals are counted in bins of one per cent, from predictions twice too long to calls 90 times too long.
 _WIDTH, _LOWEST, _NUM_EDGES = 0.01, -0.705, 521
 #: The tail is fitted beyond the residual that this share exceeds, and to no more than this of each excess.
-_TAIL_SHARE, _MOST_EXCESS = 0.1, 1.0
+_TAIL_SHARE, _MOST_EXCESS = 0.03, 1.0
+_LEAST_USUAL = 0.1
 #: Past this weight all counts are scaled down, so that they stay finite for ever.
 _HEAVY = 1e12
 
@@ -60,9 +61,10 @@ def exceedance(quantiles: Mapping[float, float], least_spread: float) -> Float64
 class OverrunLaw:
     """Forgetting counts of residuals, and a fitted tail where counts are too few. Constant memory; O(1) Python work.
 
-    ``P(residual > x)`` is the larger of the weighted share of residuals beyond x and, beyond the top tenth's smallest
-    residual u, ``P(residual > u) * exp(-(x - u) / b)`` with b their mean excess over u: a Pareto tail of the ratio.
-    The first takes care of rare long calls that follow no law, the second of what was too rare to be seen.
+    ``P(residual > x)`` is the weighted share of residuals beyond x. Where few were seen, beyond the residual u that
+    three in a hundred exceed, it is at least ``P(residual > u) * exp(-(x - u) / b)`` with b their mean excess over u,
+    a Pareto tail of the ratio, but no more than if one more call had been beyond x, (n + 1) / (N + 1). Counting takes
+    care of rare long calls that follow no law, the tail of those that were too rare to be seen.
     """
 
     def __init__(self, prior: Float64, prior_weight: float, memory: float) -> None:
@@ -77,6 +79,8 @@ class OverrunLaw:
         self._above = prior * prior_weight  # [edges] weighted number of residuals at or beyond
         self._total, self._weight = prior_weight, 1.0
         self._start = self._start_share = self._scale = 0.0
+        #: Residuals beyond plus or minus this are unusual: twice what a tenth exceeds.
+        self.usual = _LEAST_USUAL
         self.fit()
 
     def record(self, residual: float) -> None:
@@ -100,6 +104,7 @@ class OverrunLaw:
         beyond = self._above[first : first + round(_MOST_EXCESS / _WIDTH)]
         self._start = _LOWEST + _WIDTH * first
         self._start_share = float(beyond[0]) / self._total
+        self.usual = max(_LEAST_USUAL, 2.0 * (_LOWEST + _WIDTH * self._first_edge(0.1)))
         self._scale = _WIDTH * float(beyond.sum()) / float(beyond[0]) if beyond[0] > 0 else 0.0
 
     def probability(self, x: float) -> float:
@@ -107,16 +112,22 @@ class OverrunLaw:
         edge = int((x - _LOWEST) / _WIDTH + 0.500001)
         if edge < 1:
             return 1.0
-        share = float(self._above[edge]) / self._total if edge < _NUM_EDGES else 0.0
+        above = float(self._above[edge]) if edge < _NUM_EDGES else 0.0
+        share = above / self._total
         if x > self._start and self._scale > 0:
-            return max(share, self._start_share * math.exp((self._start - x) / self._scale))
+            fitted = self._start_share * math.exp((self._start - x) / self._scale)
+            share = max(share, min(fitted, (above + self._weight) / (self._total + self._weight)))
         return share
 
     def quantile(self, probability: float) -> float:
         """The least x that the next residual is beyond with no more than this probability, to the width of a bin."""
         x = _LOWEST + _WIDTH * (self._first_edge(probability) - 0.5)
         if self._scale > 0 and 0 < probability < self._start_share:
-            return max(x, self._start + self._scale * math.log(self._start_share / probability))
+            fitted = self._start + self._scale * math.log(self._start_share / probability)
+            enough = probability - self._weight / (self._total + self._weight)
+            if fitted > x:
+                capped = _LOWEST + _WIDTH * (self._first_edge(enough) - 0.5) if enough > 0 else math.inf
+                x = min(fitted, max(x, capped))
         return x
 
     def _first_edge(self, share: float) -> int:

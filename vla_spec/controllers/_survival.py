@@ -65,7 +65,10 @@ class SurvivalModel:
         weight = self._weight
         self._position = (self._of_position[0] + weight * self._failure) / (self._of_position[1] + weight)
         weight *= max(self._failure, 0.05)  # in expected failures
-        self._depth = (self._of_depth[0] + weight) / (self._of_depth[1] + weight)
+        exposure = self._of_depth[1] + weight
+        depth = (self._of_depth[0] + weight) / exposure
+        # A common factor could wander between positions and depths: the first kind's depths are 1 on average.
+        self._depth = depth * (exposure[0].sum() / (exposure[0] @ depth[0]))
 
     def survival(self, m: int, kind: int, longest: int) -> Float64:
         """``P(accepted >= d)`` for d = 0 .. longest of a draft that starts at position m, float64 [longest + 1]."""

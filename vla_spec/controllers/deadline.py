@@ -30,15 +30,20 @@ BINS_PER_ROUND, NUM_BINS = 12, 288
 BONUS, HURRY = 1.0, 0.02
 #: A tolerance is wide enough if it leaves less than this of the chunk to be expected unverified. [tokens]
 SHORTFALL = 0.5
-#: Measured / predicted beyond these factors says that something happened, not how fast the device is.
+#: One call changes the device's speed as if it had taken no more than twice as long, or half as long, as predicted.
 MOST_SURPRISE = math.log(2.0)
-SLOWEST, FASTEST = math.log(64.0), math.log(1 / 16)
-#: Calls longer than predicted by more than this factor are stalls: no plan can provide for them.
+#: Limits of the device's speed, as logarithms of the factor on costs.
+FASTEST, SLOWEST = math.log(1 / 16), math.log(64.0)
+#: Calls longer than predicted by more than this factor are stalls: stopping earlier is no remedy.
 STALL = math.log(4.0)
-#: Largest corrections of the required time by observed misses, as logarithms.
-MOST_RELIEF, MOST_CAUTION = 0.1, 0.7
-#: Share by which a law goes back to the table, and caution to none, after a chunk in which nothing could be tried.
-THAW = 0.02
+#: A prefill more likely to be late than so many times the bound is not started.
+HOPELESS = 10.0
+#: Least and largest divisor of the risk by observed misses, as logarithms.
+LEAST_CAUTION, MOST_CAUTION = math.log(1 / 8), math.log(100.0)
+#: Chunks in a row in which nothing could be tried, after which what was learnt fades, and by how much in each.
+STARVED, THAW = 16, 0.03
+#: Weights of a round in what changes slowly: how drafts and host compare with steps, and what drafters offer.
+SLOW_GAIN, OFFER_GAIN = 0.01, 0.02
 #: Nothing is ever tried that would need the device to be more than this much faster than the table says.
 LEAST_PROMISE = 0.5
 
@@ -48,8 +53,8 @@ class Options:
     """A bound on late chunks, and what to choose from.
 
     Attributes:
-        max_late: share of chunks that may be late because of a round that should not have been started. [0..1)
-        aim: share of it that is planned with; the rest is for what the running laws have not noticed yet. [0..1]
+        max_late: share of chunks that may be late because of a round that should not have been started, in (0, 1].
+        aim: share of it that misses are steered to; the rest is for changes that could not be foreseen. In (0, 1].
         max_gamma: most nodes to draft; the cost table and the engine's ``max_step`` limit it further.
         depth: longest path, None = no limit of its own.
         top_k: nodes per depth of a tree, whose gamma is a multiple of it; 1 = chains only. Above 1 both are tried.
@@ -57,16 +62,17 @@ class Options:
         least_tolerance: what is used while the chunk is expected to be whole in time without more; None = always
             ``tolerance``.
         margin_ns: kept free before the deadline. The policy takes its own reserve off before. [ns]
-        gain: weight of a new round in the device's speed, in (0, 1]; larger notices a slower device sooner and needs
-            more distance to the deadline.
+        gain: weight of a new call in the device's speed, in (0, 1]; larger follows faster, and predicts less exactly.
+        jump: the same for a call that took unusually long, or short, directly after another one of that sort: a device
+            that has become slower is noticed at the second call, and one spike alone does not count as that.
         memory: rounds after which an overrun has lost two thirds of its weight in the law of overruns. [rounds]
         warmup: first rounds of a run, and first prefills, whose times count for nothing.
-        spread: relative spread of calls assumed at least, until enough were seen; tables that state no spread have
-            none of their own. 0 = trust the table.
+        spread: relative spread assumed at least for costs beyond the table's largest quantile, until enough calls were
+            seen. 0 = trust the table.
         prior_rounds: how many rounds the table's law counts as. [rounds]
-        step_up: how much more time a round needs after a miss, as a share; taken back slowly without misses.
+        step_up: what the logarithm of the risk of a round falls by after a miss; taken back slowly without misses.
         patience: chunks in a row without time for a prefill after which one is tried nevertheless; doubles up to
-            ``1 / max_late`` while that fails.
+            ``1 / max_late`` chunks while that fails.
         prior: acceptance assumed at every position and depth before anything was seen.
         prior_weight: how many observations the prior counts as.
         forget: factor on the weight of what was seen of acceptance, per round. What is not tried any more returns to
@@ -81,12 +87,13 @@ class Options:
     tolerance: float = 1.0
     least_tolerance: float | None = None
     margin_ns: int = 100_000
-    gain: float = 0.25
+    gain: float = 0.15
+    jump: float = 0.5
     memory: float = 3000.0
     warmup: int = 8
     spread: float = 0.05
     prior_rounds: float = 100.0
-    step_up: float = 0.1
+    step_up: float = 0.7
     patience: int = 4
     prior: float = 0.7
     prior_weight: float = 4.0
@@ -108,10 +115,9 @@ class Options:
         for name in ("memory", "prior_rounds", "patience", "prior_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadConfig(f"{name} must be more than 0, got {getattr(self, name)}")
-        for name in ("max_late", "prior"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise BadConfig(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("aim", "gain", "forget"):
+        if not 0.0 <= self.prior <= 1.0:
+            raise BadConfig(f"prior must be in [0, 1], got {self.prior}")
+        for name in ("max_late", "aim", "gain", "jump", "forget"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise BadConfig(f"{name} must be in (0, 1], got {getattr(self, name)}")
 
@@ -129,11 +135,14 @@ class _Kind:
 class DeadlineController:
     """Predict, bound the risk, look ahead, and learn from each round.
 
-    A round of action a is predicted to take ``s * (d * draft[gamma] + v * step[n] + h)``: table medians, slow
-    corrections d, v of drafts and steps, host time h, and the device's current speed s, which follows the last few
-    rounds and prefills. ``OverrunLaw`` knows how far predictions were exceeded. With x = log(time left / prediction),
-    less the caution c that misses have taught, a round is started if ``P(residual > x)``, beyond what not even the
-    whole chunk's time could have prevented, is within what is left of ``aim * max_late``; it is then taken off.
+    A round is predicted to take ``s * (d * draft[gamma] + step[n] + h)``: table medians, slow corrections d of drafts
+    and h for the host, and the device's speed s, which follows the last few calls. ``OverrunLaw`` knows how far
+    predictions were exceeded. A round is started if ``P(residual > log(time left / prediction)) <= r``, stalls left
+    out, with ``r = aim * max_late / c``: after each chunk, caution c is raised if a round was late, and else lowered a
+    little, so that in the long run ``aim * max_late`` of the chunks are. Rounds in which a whole round's time is left
+    behind them have no risk worth mentioning, so that a chunk's risk is that of its last round or two.
+
+    Among the rounds that may be started `Lookahead` says which one is worth most, by acceptance per position and depth.
 
     Not thread-safe. Constant memory. Never raises after construction.
     """
@@ -193,12 +202,10 @@ class DeadlineController:
         self._step_ns = np.array([costs.step_ns(n + 1) for n in nodes.tolist()])
         self._drafted_ns, self._stepped_ns = self._draft_ns.tolist(), self._step_ns.tolist()
         self._prefill_ns = max(costs.prefill_ns, 1.0)
-        self._law = OverrunLaw(
-            exceedance(_round_quantiles(costs, most_nodes), options.spread), options.prior_rounds, options.memory
-        )
-        self._prefill_law = OverrunLaw(
-            exceedance(costs.prefill, options.spread), options.prior_rounds, options.memory / 4
-        )
+        of_rounds = exceedance(_round_quantiles(costs, most_nodes), options.spread)
+        of_prefills = exceedance(costs.prefill, options.spread)
+        self._law = OverrunLaw(of_rounds, options.prior_rounds, options.memory)
+        self._prefill_law = OverrunLaw(of_prefills, options.prior_rounds, options.memory)
         self._survival = SurvivalModel(
             self._num_tokens, len(tolerances) * len(self._kinds), max(deepest, 1), options.prior, options.prior_weight,
             options.forget,
@@ -211,18 +218,18 @@ class DeadlineController:
         ]
 
         self._log_speed, self._speed = 0.0, 1.0  # s
-        self._draft_bias = self._step_bias = self._prefill_bias = 1.0
+        self._last_surprise = 0  # -1 = unusually short, 1 = unusually long
+        self._draft_bias = self._prefill_bias = 1.0
         self._host_ns = 0.0
-        self._caution = 0.0
+        self._log_caution, self._risk = 0.0, options.aim * options.max_late
         self._num_rounds_seen = self._num_prefills_seen = 0
-        self._num_refused, self._patience = 0, options.patience
-        self._is_prefill, self._was_begun, self._is_probe = True, False, False
-        self._num_rounds = 0
-        self._has_missed = False
-        self._given_ns = self._left_ns = self._first_ns = 0.0
-        self._action, self._level, self._m = 0, 0, 1
-        self._risk_left = self._unavoidable = 0.0
-        self._need = 1.0
+        self._num_refused, self._num_starved, self._patience = 0, 0, options.patience
+        self._is_prefill, self._was_begun, self._is_probe, self._has_missed = True, False, False, False
+        self._num_rounds = 0  # of this chunk, the prefill left out
+        self._given_ns, self._left_ns = 0.0, 0.0  # time left when the prefill, and when the last round, was started
+        self._action, self._level, self._m = 0, 0, 1  # of the last plan
+        self._prefill_risk = 0.0
+        self._need = 0.0  # time left / predicted time from which a round is started; 0 = not yet known for this chunk
         self._row = 0
         self._refresh()
         for row in range(self._num_tokens - 1, 0, -1):
@@ -232,25 +239,28 @@ class DeadlineController:
 
     def begin(self, remaining_ns: int, history: ChunkHistory | None = None) -> bool:
         """A new chunk: settle the last one, then ask whether a prefill fits."""
+        options = self._options
         self._settle()
-        self._is_prefill, self._num_rounds, self._has_missed, self._first_ns = True, 0, False, 0.0
-        left_ns = self._given_ns = remaining_ns - self._options.margin_ns
-        self._was_begun = left_ns > 0
-        if not self._was_begun:
+        left_ns = self._given_ns = remaining_ns - options.margin_ns
+        self._is_prefill, self._is_probe, self._was_begun = True, False, left_ns > 0
+        self._num_rounds, self._has_missed, self._need = 0, False, 0.0
+        if left_ns <= 0:
             return False
         self._refresh()
         self._row = self._row - 1 if self._row > 1 else self._num_tokens - 1
         self._update_row(self._row)
         x = math.log(left_ns / (self._prefill_ns * self._prefill_bias * self._speed))
-        if self._prefill_law.probability(x) <= self._risk:
+        self._prefill_risk = self._prefill_law.probability(x)
+        if self._prefill_risk <= HOPELESS * options.max_late:
             return True
         self._num_refused += 1
-        self._prefill_law.relax(THAW)
-        # Nothing is measured while nothing is started, and what is known gets old: try again, ever less often.
+        if self._num_refused > STARVED:
+            self._prefill_law.relax(THAW)
+        # While nothing is started nothing is measured, and what is known gets old: try again, ever less often.
         if self._num_refused < self._patience or left_ns < LEAST_PROMISE * self._prefill_ns:
             return False
-        self._num_refused = 0
-        self._patience = min(2 * self._patience, max(round(1 / max(self._options.max_late, 1e-4)), self._patience))
+        self._num_refused, self._is_probe = 0, True
+        self._patience = max(self._patience, min(2 * self._patience, round(1 / options.max_late)))
         return True
 
     def plan(self, remaining_ns: int, tokens_left: int) -> Plan | None:
@@ -258,9 +268,8 @@ class DeadlineController:
         left_ns = remaining_ns - self._options.margin_ns
         if left_ns <= 0:
             return None
-        if self._first_ns == 0.0:
-            self._first_ns = left_ns
-            self._budget_risk()
+        if self._need == 0.0:
+            self._need = self._needed(left_ns)
         m = min(max(self._num_tokens - tokens_left, 1), self._num_tokens - 1)
         if m < 1:  # chunks of one token
             return None
@@ -283,10 +292,6 @@ class DeadlineController:
                 action = 0
                 if costs[0] > most_ns:
                     return None
-        risk = self._law.probability(math.log(device_ns / costs[action]) - self._caution) - self._unavoidable
-        if risk > 0.0:
-            self._risk_left -= risk
-            self._need = self._needed(self._risk_left)
         self._action, self._level, self._m, self._left_ns = action, level, m, left_ns
         return self._plans[level][action]
 
@@ -299,29 +304,28 @@ class DeadlineController:
             return
         self._num_rounds += 1
         drafted, accepted, options = measured.num_drafted, measured.num_accepted, self._options
-        plan = self._plans[self._level][self._action]
-        if plan.depth > 0:
+        gamma, depth, _, _ = self._plans[self._level][self._action]
+        if depth > 0:
             kind = self._level * len(self._kinds) + self._kind_of[self._action]
-            self._survival.record(self._m, kind, plan.depth, min(accepted, plan.depth))
-            offered = self._offered
-            offered[1 : plan.gamma + 1] *= 1.0 - 0.02
-            offered[1 : min(drafted, plan.gamma) + 1] += 0.02
+            self._survival.record(self._m, kind, depth, min(accepted, depth))
+            self._offered[1 : gamma + 1] *= 1.0 - OFFER_GAIN
+            self._offered[1 : min(drafted, gamma) + 1] += OFFER_GAIN
         self._num_rounds_seen += 1
         if self._num_rounds_seen <= options.warmup:
             return
         size = min(drafted, len(self._stepped_ns) - 1)
-        draft_ns = self._draft_bias * self._drafted_ns[plan.gamma]
-        step_ns = self._step_bias * self._stepped_ns[size]
+        draft_ns, step_ns = self._draft_bias * self._drafted_ns[gamma], self._stepped_ns[size]
         residual = math.log(total_ns / ((draft_ns + step_ns + self._host_ns) * self._speed))
         self._law.record(residual)
-        if total_ns > self._left_ns and total_ns <= self._first_ns:
-            self._has_missed = True
-        if -MOST_SURPRISE < residual < MOST_SURPRISE:  # slow corrections, from ordinary rounds only
-            speed = self._speed
+        if residual < STALL:
+            self._has_missed |= total_ns > self._left_ns
+        if -MOST_SURPRISE < residual < MOST_SURPRISE:
+            weight = max(SLOW_GAIN, 1 / (2 + self._num_rounds_seen - options.warmup))
+            speed = max(measured.step_ns / step_ns, 1e-3)  # of this step; drafts and host are relative to steps
             if draft_ns > 0:
-                self._draft_bias += 0.01 * _clip(measured.draft_ns / (draft_ns * speed) - 1.0) * self._draft_bias
-            self._step_bias += 0.01 * _clip(measured.step_ns / (step_ns * speed) - 1.0) * self._step_bias
-            self._host_ns += 0.01 * ((measured.judge_ns + measured.commit_ns) / speed - self._host_ns)
+                self._draft_bias *= 1.0 + weight * _clip(measured.draft_ns / (draft_ns * speed) - 1.0)
+            host_ns = min((measured.judge_ns + measured.commit_ns) / speed, step_ns)
+            self._host_ns += weight * (host_ns - self._host_ns)
         self._follow(residual)
 
     # ---- what it makes of it --------------------------------------------------------------------------------------
@@ -333,8 +337,8 @@ class DeadlineController:
 
     @property
     def caution(self) -> float:
-        """What the required time is scaled by because of observed misses; 1 = as the law of overruns says."""
-        return math.exp(self._caution)
+        """What the risk of a round is divided by because of observed misses; 1 = none was expected or seen."""
+        return math.exp(self._log_caution)
 
     def overrun_probability(self, gamma: int, remaining_ns: int) -> float:
         """That a round with a chain of so many tokens, started now, ends after the time left."""
@@ -342,11 +346,7 @@ class DeadlineController:
         if left_ns <= 0:
             return 1.0
         cost_ns = self._cost_ns[min(gamma, self._kinds[0].longest)]
-        return self._law.probability(math.log(left_ns / (cost_ns * self._speed)) - self._caution)
-
-    @property
-    def _risk(self) -> float:
-        return self._options.aim * self._options.max_late
+        return self._law.probability(math.log(left_ns / (cost_ns * self._speed)))
 
     def _record_prefill(self, total_ns: int) -> None:
         self._num_prefills_seen += 1
@@ -356,36 +356,48 @@ class DeadlineController:
             return
         residual = math.log(total_ns / (self._prefill_ns * self._prefill_bias * self._speed))
         self._prefill_law.record(residual)
-        self._prefill_bias *= 1.0 + 0.02 * _clip(residual)
+        if self._is_probe and residual < 0:  # what was known of the device was too old
+            self._log_speed = max(self._log_speed + residual, FASTEST)
+            self._speed = math.exp(self._log_speed)
+            return
+        self._prefill_bias *= 1.0 + SLOW_GAIN * _clip(residual)
         self._follow(residual)
 
     def _follow(self, residual: float) -> None:
         """Move the device's speed towards what was measured; one stall alone must not change it much."""
-        moved = self._log_speed + self._options.gain * min(max(residual, -MOST_SURPRISE), MOST_SURPRISE)
+        gain, usual = self._options.gain, self._law.usual
+        surprise = (residual > usual) - (residual < -usual)
+        if surprise and surprise == self._last_surprise:
+            gain = max(gain, self._options.jump)
+        self._last_surprise = surprise
+        moved = self._log_speed + gain * min(max(residual, -MOST_SURPRISE), MOST_SURPRISE)
         self._log_speed = min(max(moved, FASTEST), SLOWEST)
         self._speed = math.exp(self._log_speed)
 
     def _settle(self) -> None:
-        """The last chunk is over: correct the caution by whether it missed, or thaw if nothing could be tried."""
+        """The last chunk is over: correct the caution by whether it missed, or fade if nothing could be tried."""
         if not self._was_begun:
             return
-        if self._num_rounds == 0:
-            self._law.relax(THAW)
-            self._caution *= 1.0 - THAW
-            return
-        error = (1.0 if self._has_missed else 0.0) - self._risk
-        self._caution = min(max(self._caution + self._options.step_up * error, -MOST_RELIEF), MOST_CAUTION)
+        target = self._options.aim * self._options.max_late
+        if self._num_rounds > 0:
+            self._num_starved = 0
+            moved = self._log_caution + self._options.step_up * ((1.0 if self._has_missed else 0.0) - target)
+            self._log_caution = min(max(moved, LEAST_CAUTION), MOST_CAUTION)
+        else:
+            self._num_starved += 1
+            if self._num_starved > STARVED:
+                self._law.relax(THAW)
+                self._log_caution *= 1.0 - THAW
+        self._risk = target * math.exp(-self._log_caution)
 
-    def _budget_risk(self) -> None:
-        """What this chunk may risk, beyond what no plan could avoid: calls longer than all of its time."""
-        x = math.log(self._first_ns / (self._cost_ns[0] * self._speed))
-        self._unavoidable = self._law.probability(max(x, STALL))
-        self._risk_left = self._risk
-        self._need = self._needed(self._risk_left)
+    def _needed(self, left_ns: float) -> float:
+        """Time left / predicted time from which a round is started in this chunk.
 
-    def _needed(self, risk: float) -> float:
-        """Time left / predicted time at which a round's risk is no more than this."""
-        return math.exp(self._law.quantile(max(risk, 0.0) + self._unavoidable) + self._caution)
+        What is added to the risk is the share of calls that would be late with all of the chunk's time, ``left_ns``.
+        """
+        x = math.log(left_ns / (self._cost_ns[0] * self._speed))
+        risk = max(self._risk - self._prefill_risk, self._risk / 2)
+        return math.exp(self._law.quantile(risk + self._law.probability(max(x, STALL))))
 
     def _refresh(self) -> None:
         """Everything that follows slowly, once per chunk."""
@@ -393,18 +405,16 @@ class DeadlineController:
         self._prefill_law.fit()
         self._survival.refresh()
         round_ns = self._draft_bias * self._draft_ns[self._gammas] + self._host_ns
-        self._cost_ns = (round_ns + self._step_bias * self._step_ns[self._gammas]).tolist()
+        self._cost_ns = (round_ns + self._step_ns[self._gammas]).tolist()
         # A drafter may offer less than it was asked for: its drafts are verified at the size that they have.
         offered = np.cumsum(self._offered) - 1.0
-        self._mean_ns = (
-            round_ns + self._step_bias * np.interp(offered, np.arange(len(offered)), self._step_ns)[self._gammas]
-        ).tolist()
+        self._mean_ns = (round_ns + np.interp(offered, np.arange(len(offered)), self._step_ns)[self._gammas]).tolist()
 
     def _update_row(self, m: int) -> None:
         """Look ahead again from m decoded tokens."""
         if m < 1:
             return
-        needed = math.exp(self._law.quantile(self._risk + self._unavoidable) + self._caution)
+        needed = math.exp(self._law.quantile(self._risk))
         needs = [needed * cost_ns for cost_ns in self._cost_ns]
         room = self._num_tokens - m - 1
         for level, lookahead in enumerate(self._lookaheads):
