@@ -82,7 +82,9 @@ class RealtimeOptions:
             )
         for name in ("actor_cpus", "planner_cpus"):
             if any(cpu < 0 for cpu in getattr(self, name)):
-                raise BadConfig(f"runtime.realtime.{name} is {list(getattr(self, name))}; valid: numbers of cores, from 0 on")
+                raise BadConfig(
+                    f"runtime.realtime.{name} is {list(getattr(self, name))}; valid: numbers of cores, from 0 on"
+                )
 
 
 class Grant(NamedTuple):
