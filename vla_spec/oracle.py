@@ -143,3 +143,69 @@ def best_tokens(
 ) -> int:
     """How many tokens `best_chunk` verifies in time; same arguments."""
     return best_chunk(prefill_ns, step_ns, draft_ns, accepted, budget_ns, num_tokens, max_step).num_tokens
+
+
+def expected_tokens(
+    prefill_ns: float,
+    step_ns: CallNs,
+    draft_ns: CallNs,
+    survival: npt.ArrayLike,
+    budget_ns: float,
+    num_tokens: int,
+    max_step: int,
+    bin_ns: float,
+) -> float:
+    """Tokens expected by somebody who knows every latency, but of acceptance only its law, as a controller may.
+
+    The best policy by dynamic programming over rounds, tokens decoded and time: in each round it chooses a length by
+    what was accepted so far and by what all calls will take. The difference to `best_tokens` is what cannot be had
+    without knowing the target's answers; the difference to a controller is what its clock costs.
+
+    Args:
+        prefill_ns: of this chunk. [ns]
+        step_ns: ``(round, tokens of the step) -> ns``, host included.
+        draft_ns: ``(round, gamma) -> ns`` for gamma >= 1.
+        survival: float [T, >= gammas + 1]; entry [m, d] is P(at least d tokens of a draft are accepted), when m tokens
+            are decoded and the draft is longer.
+        budget_ns: from the start of the prefill to the deadline. [ns]
+        num_tokens: T.
+        max_step: most tokens of one step.
+        bin_ns: resolution of time; calls are rounded to whole bins, so that errors cancel over rounds. [ns]
+
+    Raises:
+        BadConfig: sizes below 1, or no survival for each position and length.
+    """
+    alive = np.asarray(survival, float)
+    longest = min(max_step - 1, num_tokens - 2)
+    if num_tokens < 1 or max_step < 1 or alive.ndim != 2 or len(alive) < num_tokens or alive.shape[1] <= longest:
+        raise BadConfig(
+            f"oracle: num_tokens is {num_tokens}, max_step {max_step}, survival {alive.shape}; valid: 1 or more, and "
+            "one probability per position and length"
+        )
+    if prefill_ns > budget_ns:
+        return 0.0
+    num_bins = int((budget_ns - prefill_ns) / bin_ns) + 1
+    costs: list[list[int]] = []  # [round][gamma] in bins
+    spent = 0.0
+    while spent < num_bins and len(costs) < num_tokens - 1:
+        index = len(costs)
+        row = [step_ns(index, g + 1) + (draft_ns(index, g) if g else 0.0) for g in range(max(longest, 0) + 1)]
+        costs.append([int(ns / bin_ns + 0.5) for ns in row])
+        spent += max(min(costs[-1]), 1)
+    # value[m, t]: tokens still to come with t bins left, before round number `index`.
+    value = np.zeros((num_tokens + 1, num_bins))
+    for row_bins in reversed(costs):
+        best = np.zeros_like(value)
+        # expected[m, t] of a draft of so many tokens, before its time is taken off; longer drafts add to it.
+        expected = np.zeros_like(value)
+        expected[1:num_tokens] = 1.0 + value[2:]
+        for gamma, bins in enumerate(row_bins):
+            last = num_tokens - gamma  # a draft of gamma from m needs m + gamma + 1 <= T
+            if gamma:
+                gained = 1.0 + value[gamma + 2 :] - value[gamma + 1 : -1]  # [m = 1 .. T - gamma - 1]
+                expected[1:last] += alive[1:last, gamma, None] * gained
+            if bins < num_bins:
+                target = best[1:last, bins:]
+                np.maximum(target, expected[1:last, : num_bins - bins], out=target)
+        value = best
+    return 1.0 + float(value[1, -1]) if num_tokens > 1 else 1.0
