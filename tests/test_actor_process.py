@@ -265,6 +265,14 @@ def test_a_child_that_dies_ends_the_run_with_one_sentence():
         process.close()
 
 
+def test_closing_in_mid_episode_brings_the_arm_to_rest_before_the_child_ends():
+    process = ActorProcess("toy", {}, DOMAIN, SPACE)
+    tree = actor_process._options_tree(options(max_steps=100_000, is_first_plan_free=False))
+    actor_process._send(process._control, {"do": "episode", "seed": 1, "options": tree})
+    process.close()
+    assert process._process.returncode == 1  # by itself; a kill would be -9
+
+
 def test_when_the_planner_dies_the_arm_comes_to_rest():
     """Its end of the wake-up pipe is gone: the child holds, stops, and then says that it did."""
     process = ActorProcess("toy", {}, DOMAIN, SPACE)

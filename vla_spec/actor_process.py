@@ -545,6 +545,7 @@ class _Child:
 
         def check() -> None:
             at_rest = options.chunks.max_holds + self._space.stop_steps
+            link.is_lost = link.is_lost or self._is_called_off()
             if link.is_lost and actor.buffer.holds_in_a_row > at_rest:
                 raise PlannerLost("the planner's process is gone; the arm was brought to rest")
 
@@ -586,6 +587,17 @@ class _Child:
             "delay_steps": np.array(actor.delays, np.int32),
         }
         return told, arrays
+
+
+    def _is_called_off(self) -> bool:
+        """The planner's process is gone, or wants no more of this episode. A microsecond."""
+        try:
+            self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False  # nothing was said: all is well
+        except OSError:
+            pass
+        return True
 
 
 def _build_robot(name: str, options: Mapping[str, Any]) -> EpisodicRobot:
