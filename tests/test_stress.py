@@ -283,6 +283,12 @@ def test_a_stall_makes_a_plan_infeasible_and_a_late_answer_there_is_no_miss():
     assert row.violations == 0
 
 
+def test_stalls_that_nothing_could_have_avoided_do_not_make_the_controller_give_up():
+    row = run(1200, "stalls,lognormal_latency", settings=("stalls.probability=0.02",)).rows[0]
+    assert row.late_feasible == 0
+    assert row.oracle_ratio > 0.95
+
+
 def test_a_plan_without_room_for_a_prefill_and_a_step_is_infeasible():
     row = run(300, "constant_latency", settings=("constant_latency.factor=7",)).rows[0]
     assert row.feasible_plans == 0

@@ -316,7 +316,10 @@ class DeadlineController:
         size = min(drafted, len(self._stepped_ns) - 1)
         draft_ns, step_ns = self._draft_bias * self._drafted_ns[gamma], self._stepped_ns[size]
         residual = math.log(total_ns / ((draft_ns + step_ns + self._host_ns) * self._speed))
-        self._law.record(residual)
+        # A call longer than all of the chunk's time would have been late whenever it was started: counted as a risk of
+        # being late, a few of them outweigh any bound, and nothing is started any more.
+        if residual < STALL or total_ns <= self._given_ns:
+            self._law.record(residual)
         if residual < STALL:
             self._has_missed |= total_ns > self._left_ns
         if -MOST_SURPRISE < residual < MOST_SURPRISE:
@@ -355,7 +358,8 @@ class DeadlineController:
         if self._num_prefills_seen <= self._options.warmup:
             return
         residual = math.log(total_ns / (self._prefill_ns * self._prefill_bias * self._speed))
-        self._prefill_law.record(residual)
+        if residual < STALL or total_ns <= self._given_ns:
+            self._prefill_law.record(residual)
         if self._is_probe and residual < 0:  # what was known of the device was too old
             self._log_speed = max(self._log_speed + residual, FASTEST)
             self._speed = math.exp(self._log_speed)
