@@ -60,15 +60,16 @@ class Lookahead:
         for first, survival in kinds:
             depths = len(survival)
             after = self._value[m + 1 : m + 1 + depths] + self._gained[:depths]  # [depths, bins] if so many are gained
-            expected = after.copy()
-            expected[1:] = survival[1:, None] * (after[1:] - after[:-1])
-            np.cumsum(expected, axis=0, out=expected)
+            expected = after[0].copy()
+            more = (after[1:] - after[:-1]) * survival[1:, None].astype(np.float32)
             reached = np.full((depths, bins), -1.0, np.float32)
             for depth in range(depths):
+                if depth:
+                    expected += more[depth - 1]
                 spent = int(cost_ns[first + depth] / width + 0.5)
                 start = max(spent, -int(-need_ns[first + depth] // width))
                 if start < bins:
-                    reached[depth, start:] = expected[depth, start - spent : bins - spent]
+                    reached[depth, start:] = expected[start - spent : bins - spent]
             longest = reached.argmax(axis=0)
             of_kind = reached.max(axis=0)
             is_better = of_kind > best

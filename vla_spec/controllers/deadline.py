@@ -187,7 +187,7 @@ class DeadlineController:
         shapes = [(depth, kind.top_k) for kind in self._kinds for depth in range(kind.longest + 1)]
         if len(shapes) >= NOTHING:
             raise BadConfig(f"max_gamma is {options.max_gamma}; valid: so that there are fewer than {NOTHING} drafts")
-        self._gammas = [depth * width for depth, width in shapes]
+        self._gammas = np.array([depth * width for depth, width in shapes])  # [actions]
         self._kind_of = [i for i, kind in enumerate(self._kinds) for _ in range(kind.longest + 1)]
         tolerances = [options.tolerance]
         if options.least_tolerance is not None and options.least_tolerance < options.tolerance:
