@@ -588,7 +588,6 @@ class _Child:
         }
         return told, arrays
 
-
     def _is_called_off(self) -> bool:
         """The planner's process is gone, or wants no more of this episode. A microsecond."""
         try:
