@@ -66,8 +66,8 @@ class Lookahead:
             for depth in range(depths):
                 if depth:
                     expected += more[depth - 1]
-                spent = int(cost_ns[first + depth] / width + 0.5)
-                start = max(spent, -int(-need_ns[first + depth] // width))
+                start = int(need_ns[first + depth] / width)  # whoever asks has the exact time and sees if it fits
+                spent = min(int(cost_ns[first + depth] / width + 0.5), start)
                 if start < bins:
                     reached[depth, start:] = expected[start - spent : bins - spent]
             longest = reached.argmax(axis=0)

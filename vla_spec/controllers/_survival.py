@@ -1,12 +1,13 @@
 """How likely is a drafted token to be accepted? By chunk position and by draft depth, learnt from rounds.
 
-``P(rejected at depth d | accepted before) = position[m + d - 1] * depth[d]``: a position is hard or easy wherever a
-draft starts (a gripper seldom moves, a chunk's first step is the newest), and drafts get worse or better with depth.
-The multiplicative failure model of survival analysis, fitted online by observed over expected failures.
+Both matter: a gripper seldom moves, a chunk's first step is the newest, and drafts get worse or better with depth. The
+rate of rejection of each pair of position and depth is shrunk towards that of its position, and that towards the rate
+of all (partial pooling, as in empirical Bayes), so that pairs that were never tried are guessed from their position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -17,31 +18,40 @@ Float64 = npt.NDArray[np.float64]
 
 @final
 class SurvivalModel:
-    """Forgetting counts of failures and of exposure. Constant memory.
+    """Forgetting counts of tokens that were judged and rejected. Constant memory.
 
     A drafter that offers less than it was asked for fails where it ends: what counts is what a longer plan gives.
     """
 
     def __init__(
-        self, num_tokens: int, num_kinds: int, longest: int, prior: float, prior_weight: float, forget: float
+        self,
+        num_tokens: int,
+        relative: Sequence[float],
+        longest: int,
+        prior: float,
+        prior_weight: float,
+        forget: float,
     ) -> None:
         """Start from the prior.
 
         Args:
             num_tokens: T.
-            num_kinds: kinds of drafts with depths of their own (chains, trees, tolerances); positions are shared.
+            relative: per kind of draft (chains, trees, tolerances), how its rejections are assumed to compare with
+                those of the first kind while little is known of it.
             longest: deepest draft.
             prior: acceptance at every position and depth.
-            prior_weight: observations that it counts as.
+            prior_weight: observations that each level of the pooling counts as.
             forget: factor on all that was seen, per round; what is not tried any more returns to the prior.
         """
         self._failure, self._weight, self._forget = 1.0 - prior, prior_weight, forget
-        width = num_tokens + longest
-        self._counts = np.zeros((2, width + num_kinds * longest))  # failures, exposure
-        self._of_position = self._counts[:, :width]  # [2, T + longest]
-        self._of_depth = self._counts[:, width:].reshape(2, num_kinds, longest)
-        self._position = np.full(width, self._failure)
-        self._depth = np.ones((num_kinds, longest))
+        self._relative = np.array(relative)[:, None]  # [kinds, 1]
+        kinds, width = len(relative), num_tokens + longest
+        cells, positions = kinds * num_tokens * longest, kinds * width
+        self._counts = np.zeros((2, cells + positions))  # rejected, judged
+        self._cells = self._counts[:, :cells].reshape(2, kinds, num_tokens, longest)  # by start m and depth - 1
+        self._positions = self._counts[:, cells:].reshape(2, kinds, width)
+        self._rate = np.empty((kinds, width))  # of rejection by position, pooled
+        self.refresh()
 
     def record(self, m: int, kind: int, asked: int, accepted: int) -> None:
         """Learn from one round.
@@ -52,27 +62,30 @@ class SurvivalModel:
             asked: depth that was asked for.
             accepted: tokens accepted, no more than ``asked``.
         """
-        self._counts *= self._forget
+        self.fade()
         judged = min(accepted + 1, asked)
-        self._of_position[1, m : m + judged] += self._depth[kind, :judged]
-        self._of_depth[1, kind, :judged] += self._position[m : m + judged]
+        self._cells[1, kind, m, :judged] += 1.0
+        self._positions[1, kind, m : m + judged] += 1.0
         if accepted < asked:
-            self._of_position[0, m + accepted] += 1.0
-            self._of_depth[0, kind, accepted] += 1.0
+            self._cells[0, kind, m, accepted] += 1.0
+            self._positions[0, kind, m + accepted] += 1.0
+
+    def fade(self) -> None:
+        """A round without a draft: what was seen gets older."""
+        self._counts *= self._forget
 
     def refresh(self) -> None:
-        """Turn counts into rates. Call now and then, not in every round."""
-        weight = self._weight
-        self._position = (self._of_position[0] + weight * self._failure) / (self._of_position[1] + weight)
-        weight *= max(self._failure, 0.05)  # in expected failures
-        exposure = self._of_depth[1] + weight
-        depth = (self._of_depth[0] + weight) / exposure
-        # A common factor could wander between positions and depths: the first kind's depths are 1 on average.
-        self._depth = depth * (exposure[0].sum() / (exposure[0] @ depth[0]))
+        """Pool again. Call now and then, not in every round."""
+        weight, (rejected, judged) = self._weight, self._positions
+        level = (rejected[0].sum() + weight * self._failure) / (judged[0].sum() + weight)
+        first = (rejected[0] + weight * level) / (judged[0] + weight)  # [T + longest]
+        self._rate = (rejected + weight * self._relative * first) / (judged + weight)
+        self._rate[0] = first
 
     def survival(self, m: int, kind: int, longest: int) -> Float64:
         """``P(accepted >= d)`` for d = 0 .. longest of a draft that starts at position m, float64 [longest + 1]."""
+        weight, (rejected, judged) = self._weight, self._cells[:, kind, m, :longest]
         alive = np.ones(longest + 1)
-        rejected = self._position[m : m + longest] * self._depth[kind, :longest]
-        np.cumprod(np.maximum(1.0 - rejected, 0.0), out=alive[1:])
+        rate = (rejected + weight * self._rate[kind, m : m + longest]) / (judged + weight)
+        np.cumprod(1.0 - rate, out=alive[1:])
         return alive

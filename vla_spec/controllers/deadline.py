@@ -30,6 +30,8 @@ BINS_PER_ROUND, NUM_BINS = 12, 288
 BONUS, HURRY = 1.0, 0.02
 #: A tolerance is wide enough if it leaves less than this of the chunk to be expected unverified. [tokens]
 SHORTFALL = 0.5
+#: How often a depth of a tree is assumed to fail where one of a chain does, until that was seen.
+TREE_FAILURE = 0.5
 #: One call changes the device's speed as if it had taken no more than twice as long, or half as long, as predicted.
 MOST_SURPRISE = math.log(2.0)
 #: Limits of the device's speed, as logarithms of the factor on costs.
@@ -206,10 +208,10 @@ class DeadlineController:
         of_prefills = exceedance(costs.prefill, options.spread)
         self._law = OverrunLaw(of_rounds, options.prior_rounds, options.memory)
         self._prefill_law = OverrunLaw(of_prefills, options.prior_rounds, options.memory)
+        relative = [1.0 if kind.top_k == 1 else TREE_FAILURE for _ in tolerances for kind in self._kinds]
         self._survival = SurvivalModel(
-            self._num_tokens, len(tolerances) * len(self._kinds), max(deepest, 1), options.prior, options.prior_weight,
-            options.forget,
-        )  # fmt: skip
+            self._num_tokens, relative, max(deepest, 1), options.prior, options.prior_weight, options.forget
+        )
         self._offered = np.ones(most_nodes + 1)  # [n] share of rounds, asked for n nodes or more, that got them
         bin_ns = max(float(self._step_ns[0]) / BINS_PER_ROUND, 1.0)
         self._bins_per_ns = 1.0 / bin_ns
@@ -310,6 +312,8 @@ class DeadlineController:
             self._survival.record(self._m, kind, depth, min(accepted, depth))
             self._offered[1 : gamma + 1] *= 1.0 - OFFER_GAIN
             self._offered[1 : min(drafted, gamma) + 1] += OFFER_GAIN
+        else:
+            self._survival.fade()
         self._num_rounds_seen += 1
         if self._num_rounds_seen <= options.warmup:
             return
