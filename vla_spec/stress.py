@@ -62,7 +62,7 @@ MEANING = {
     "plans": "planning ticks: observations that were answered",
     "deadline_miss_rate": "share of all plans that were ready after their deadline",
     "feasible_plans": "plans whose drawn latencies leave room for the prefill and one plain step, without a stall in "
-    "their calls and without a change of regime just before; observation and engine in order (docs/stress.md)",
+    "their calls; observation and engine in order (docs/stress.md)",
     "late_feasible_rate": "share of feasible plans that were ready after their deadline",
     "late_feasible_ci95": "Wilson score interval of it",
     "complete_rate": "share of comparable plans whose whole chunk was verified before the deadline",
@@ -95,7 +95,7 @@ class StressPlan:
         episode_ticks: control steps of an episode at most; robots with tasks also end theirs at success.
         oracle_every: the oracle is asked about every n-th comparable plan; 0 = never. Its work is most of the time.
         reaction_plans: a change of regime that is at most so many plans old makes a plan infeasible: the controller
-            could not have noticed it. 1 = only the plan in which it happens.
+            could not have noticed it. 1 = only the plan in which it happens; 0 = no such excuse.
         costs: of the undisturbed machine; None = `default_costs`, or the configuration's own table.
     """
 
@@ -106,7 +106,7 @@ class StressPlan:
     tasks: tuple[str, ...] | None = None
     episode_ticks: int = 500
     oracle_every: int = 1
-    reaction_plans: int = 2
+    reaction_plans: int = 0
     costs: Costs | None = None
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ def command(
     oracle_every: Annotated[int, typer.Option(min=0, help="Ask the oracle about every n-th plan; 0 = never.")] = 1,
     reaction_plans: Annotated[
         int, typer.Option(min=0, help="A change of regime in the last so many plans makes a plan infeasible.")
-    ] = 2,
+    ] = 0,
     model: ModelDir = None,
     threads: Threads = None,
     execute_horizon: Annotated[
