@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from vla_spec.assemble import Assembler
 from vla_spec.benchmark import BenchPlan, benchmark, grid
+from vla_spec.comparison import Sample, compare
 from vla_spec.config import merge, read_mode, resolve
+from vla_spec.costs import Costs
 from vla_spec.errors import BadConfig, BadModel, UnknownOption
-from vla_spec.evaluation import Plan, baseline_of, evaluate, task_names
+from vla_spec.evaluation import Plan, baseline_of, evaluate, first_observation, task_names
 from vla_spec.progress import Silent
 from vla_spec.results import save
 
@@ -222,3 +225,20 @@ def test_saved_results_are_plain_json(looped, tmp_path):
     tree = json.loads((tmp_path / "results.json").read_text())
     assert tree["configs"]["jacobi"]["drafter"]["name"] == "jacobi"
     assert tree["costs"]["jacobi"]["step"]["1"]["0.5"] > 0
+
+
+def test_the_limit_is_measured_in_turn_with_the_plans():
+    """On a virtual clock it is what the cost table says: one prefill and one forward over the whole chunk."""
+    assembler = Assembler()
+    tree = {
+        "engine": "toy", "robot": "toy", "drafter": "ngram", "controller": {"name": "fixed", "gamma": 4},
+        "runtime": {"clock": "virtual"},
+    }  # fmt: skip
+    config = resolve(tree, "probe")
+    example = first_observation(assembler, config.robot, None, 0)
+    costs = Costs.constant(1000, {1: 100, 32: 720}, {1: 10, 31: 10})
+    assembly = assembler.assemble(config, example, costs)
+    compared = compare([assembly], assembly, [Sample(example, None)], 3, Silent())["probe"]
+    assert compared.forward_ns.tolist() == [100] * 3
+    assert compared.limit_ns.tolist() == [1000 + 720] * 3
+    assert compared.limit_ratio == pytest.approx(compared.plans[0].plan_ns / 1720)

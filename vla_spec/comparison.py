@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from vla_spec.assemble import Assembly
 from vla_spec.interfaces import ChunkHistory
@@ -49,12 +50,23 @@ class Comparison:
         token_agreement: share of tokens equal to the baseline's.
         max_deviation: from the target's own choice, in the tokenizer's physical unit.
         max_action_difference: from the baseline's action, in action units.
+        limit_ns: int64 [samples * repeats], one prefill and one forward over the whole chunk on this mode's engine,
+            measured in turn with the plans.
+        forward_ns: int64 [samples * repeats], one single-token forward, likewise.
     """
 
     plans: tuple[PlanRecord, ...]
     token_agreement: float
     max_deviation: float
     max_action_difference: float
+    limit_ns: npt.NDArray[np.int64]
+    forward_ns: npt.NDArray[np.int64]
+
+    @property
+    def limit_ratio(self) -> float | None:
+        """Median of the plans over the median of the limit; None where forwards take no time (a virtual clock)."""
+        limit_ns = float(np.median(self.limit_ns))
+        return float(np.median([plan.plan_ns for plan in self.plans])) / limit_ns if limit_ns else None
 
 
 def make_samples(reference: Assembly, recordings: Sequence[Recording], num_samples: int) -> list[Sample]:
@@ -96,9 +108,13 @@ def compare(
     equal: dict[str, list[float]] = {mode: [] for mode in plans}
     deviation: dict[str, float] = dict.fromkeys(plans, 0.0)
     difference: dict[str, float] = dict.fromkeys(plans, 0.0)
+    engines = {id(a.policy.decoder.engine): a for a in assemblies}  # one of the modes of each engine
+    bounds: dict[int, list[tuple[int, int]]] = {key: [] for key in engines}
     for i, sample in enumerate(samples):
         truth = plan_sample(reference, sample)
         for repeat in range(num_repeats):
+            for key, assembly in engines.items():
+                bounds[key].append(_time_limit(assembly, sample))
             first = (i * num_repeats + repeat) % len(assemblies)
             for assembly in (*assemblies[first:], *assemblies[:first]):
                 mode = assembly.config.mode
@@ -110,17 +126,36 @@ def compare(
                 deviation[mode] = max(deviation[mode], chunk.max_deviation * _unit(assembly))
                 difference[mode] = max(difference[mode], _difference(chunk.actions, truth.actions))
         progress.step()
-    return {
-        mode: Comparison(tuple(plans[mode]), float(np.mean(equal[mode])), deviation[mode], difference[mode])
-        for mode in plans
-        if plans[mode]
-    }
+    compared = {}
+    for assembly in assemblies:
+        mode = assembly.config.mode
+        bound = np.array(bounds[id(assembly.policy.decoder.engine)], np.int64).reshape(-1, 2)
+        if plans[mode]:
+            compared[mode] = Comparison(
+                tuple(plans[mode]), float(np.mean(equal[mode])), deviation[mode], difference[mode], bound[:, 0],
+                bound[:, 1],
+            )  # fmt: skip
+    return compared
 
 
 def plan_sample(assembly: Assembly, sample: Sample) -> ActionChunk:
     """One chunk without a deadline."""
     policy = assembly.policy
     return policy.plan(sample.observation, assembly.clock.now_ns() + NO_DEADLINE_NS, sample.history)
+
+
+def _time_limit(assembly: Assembly, sample: Sample) -> tuple[int, int]:
+    """What the engine alone needs: prefill and one forward over the whole chunk; one single-token forward [ns]."""
+    engine, now_ns = assembly.policy.decoder.engine, assembly.clock.now_ns
+    inputs = assembly.adapter.encode(sample.observation)
+    n = min(assembly.domain.num_tokens, engine.max_step)
+    tokens, parents = np.zeros(n, np.int32), np.arange(-1, n - 1, dtype=np.int32)
+    start_ns = now_ns()
+    engine.prefill(inputs)
+    engine.step(tokens, parents)
+    whole_ns = now_ns()
+    engine.step(tokens[:1], parents[:1])
+    return whole_ns - start_ns, now_ns() - whole_ns
 
 
 def _agreement(tokens: Int32, truth: Int32) -> float:

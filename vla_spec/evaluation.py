@@ -318,8 +318,8 @@ def make_row(
         forwards_per_chunk=_rounded(own.forwards_per_chunk),
         speedup_decode=_ratio(base.decode_ms, decode) if has_base and base else None,
         speedup_chunk=_ratio(base.chunk_ms, chunk) if has_base and base else None,
-        limit_ratio=_rounded(own.limit_ratio),
-        host_overhead_ratio=_rounded(own.host_overhead_ratio),
+        limit_ratio=_rounded(compared.limit_ratio if compared else own.limit_ratio),
+        host_overhead_ratio=_rounded(_host_ratio(own, compared)),
         deadline_ms=config.runtime.deadline_ms,
         deadline_miss_rate=_rounded(own.deadline_miss_rate),
         token_agreement=_rounded(compared.token_agreement) if compared else None,
@@ -465,6 +465,14 @@ def _film(mode: str, task: str, seed: int, result: EpisodeResult, robot: Observe
     steps = [o.step for o in seen]
     gap = float(np.mean(np.diff(steps))) if len(steps) > 1 else 1.0
     return Film(mode, task, seed, bool(result.success), frames, gap * robot.dt_s)
+
+
+def _host_ratio(own: Figures, compared: Comparison | None) -> float | None:
+    """Against forwards that were measured in turn with the plans, else against those at start-up."""
+    forward_ns = float(np.median(compared.forward_ns)) if compared else 0.0
+    if own.host_ns_p50 is None or not forward_ns:
+        return own.host_overhead_ratio
+    return own.host_ns_p50 / forward_ns
 
 
 def _quantile(values: Any, q: int) -> float:

@@ -34,6 +34,7 @@ class Figures(NamedTuple):
     forwards_per_chunk: float | None
     limit_ratio: float | None
     host_overhead_ratio: float | None
+    host_ns_p50: float | None
     deadline_miss_rate: float | None
 
 
@@ -70,6 +71,7 @@ def figures(
         forwards_per_chunk=num_forwards / len(decoded) if decoded else None,
         limit_ratio=float(np.median(chunk_ms)) * NS_PER_MS / costs.limit_ns(num_tokens) if decoded else None,
         host_overhead_ratio=float(np.median(host_ns)) / costs.step_ns(1) if rounds else None,
+        host_ns_p50=float(np.median(host_ns)) if rounds else None,
         deadline_miss_rate=float(np.mean(is_late)) if plans else None,
     )
 

@@ -37,8 +37,10 @@ MEANING = {
     "forwards_per_chunk": "mean target forwards of a chunk, prefill included",
     "speedup_decode": "median decode_ms of autoregression / median decode_ms, same engine and process",
     "speedup_chunk": "the same for chunk_ms",
-    "limit_ratio": "median chunk_ms / (one prefill + one forward over the whole chunk), both medians at start-up",
-    "host_overhead_ratio": "median time of a round that is no engine or drafter-model call / one single-token forward",
+    "limit_ratio": "median chunk_ms / median of (one prefill + one forward over the whole chunk), on the same recorded "
+    "observations, measured in turn with the plans (against start-up medians where nothing was recorded)",
+    "host_overhead_ratio": "median time of a round that is no engine or drafter-model call / median single-token "
+    "forward, measured likewise",
     "deadline_miss_rate": "share of plans whose complete chunk was not ready deadline_ms after planning began "
     "(with the clock real or virtual: after the observation was due)",
     "token_agreement": "share of tokens equal to autoregression's on the same recorded observations and history",
