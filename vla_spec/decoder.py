@@ -114,14 +114,14 @@ class SpeculativeDecoder:
             if not _is_finite(scores.logits):
                 return self._result(m, rounds, StopReason.BAD_SCORES)
             verdict = self.rule.judge(draft, scores, Committed(tokens[:m], self._deviation[:m]), self._rng, tolerance)
-            judged = now_ns()
             if self._observe is not None:
                 self._observe(draft, scores)
+            m = self._append(m, draft.tokens, verdict)
+            num_relaxed = int(np.count_nonzero(verdict.relaxed))
+            judged = now_ns()
             if is_uncommitted:
                 engine.commit(self._path_with_root(verdict.path))
-            m = self._append(m, draft.tokens, verdict)
             done = now_ns()
-            num_relaxed = int(np.count_nonzero(verdict.relaxed))
             rounds.append(
                 Round(len(draft.tokens), len(verdict.path), num_relaxed,
                       drafted - start, scored - drafted, judged - scored, done - judged, done - start, start,

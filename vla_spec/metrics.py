@@ -58,7 +58,7 @@ def figures(
     is_late = [plan.slack_ns < 0 or plan.plan_ns > deadline_ms * NS_PER_MS or plan.reason in _LATE for plan in plans]
     num_forwards = sum(len(plan.rounds) for plan in decoded)
     num_decoded = sum(plan.num_verified for plan in decoded)
-    host_ns = [r.total_ns - r.step_ns - (r.draft_ns if has_model_drafter else 0) for r in rounds]
+    host_ns = [r.total_ns - r.step_ns - r.commit_ns - (r.draft_ns if has_model_drafter else 0) for r in rounds]
     accepted = np.bincount([r.num_accepted for r in rounds]) if rounds else np.zeros(0, int)
     return Figures(
         chunk_ms=chunk_ms,

@@ -39,8 +39,8 @@ MEANING = {
     "speedup_chunk": "the same for chunk_ms",
     "limit_ratio": "median chunk_ms / median of (one prefill + one forward over the whole chunk), on the same recorded "
     "observations, measured in turn with the plans (against start-up medians where nothing was recorded)",
-    "host_overhead_ratio": "median time of a round that is no engine or drafter-model call / median single-token "
-    "forward, measured likewise",
+    "host_overhead_ratio": "median time of a round that is no call of the engine (step, commit) or of a drafter's "
+    "model / median single-token forward, measured likewise",
     "deadline_miss_rate": "share of plans whose complete chunk was not ready deadline_ms after planning began "
     "(with the clock real or virtual: after the observation was due)",
     "token_agreement": "share of tokens equal to autoregression's on the same recorded observations and history",

@@ -133,6 +133,7 @@ LEAVE_REST = Plan(-1, -1)
 class Round(NamedTuple):
     """One draft-verify round as measured. Durations in ns; round 0 is the prefill (nothing drafted).
 
+    ``judge_ns`` is the rule and the decoder's own work, ``commit_ns`` the engine's commit alone.
     draft, step, judge and commit follow each other without a gap from ``start_ns`` on (on the decoder's clock) and add
     up to ``total_ns``. ``num_forced``: tokens that were given, not decoded (the fixed beginning of a chunk): they were
     fed in this round and are no yield of it, and the prefill before it yields nothing. 0 in all other rounds.

@@ -17,8 +17,8 @@ STAGES = {
     "prefill": "target forward over the prompt",
     "draft": "the controller plans a round, the drafter proposes",
     "step": "target forward over the last token and the draft",
-    "judge": "the acceptance rule",
-    "commit": "a learning drafter sees the scores, cache rows are kept, tokens are appended",
+    "judge": "the acceptance rule; a learning drafter sees the scores, tokens are appended",
+    "commit": "the engine keeps the cache rows of the accepted path",
     "tail": "the answer: unverified tail if any, tokens to actions (un-normalising), ladder",
     "hand_over": "the chunk goes into the actor's buffer, the first command comes out",
 }
