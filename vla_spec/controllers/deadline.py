@@ -40,8 +40,9 @@ FASTEST, SLOWEST = math.log(1 / 16), math.log(64.0)
 STALL = math.log(4.0)
 #: A prefill more likely to be late than so many times the bound is not started.
 HOPELESS = 10.0
-#: Least and largest divisor of the risk by observed misses, as logarithms.
-LEAST_CAUTION, MOST_CAUTION = math.log(1 / 8), math.log(100.0)
+#: Divisor of the risk by observed misses: at first, least and most, as logarithms. It begins below one because most
+#: rounds are started with more time than the risk asks for, so that a tenth of the risk comes true, or less.
+FIRST_CAUTION, LEAST_CAUTION, MOST_CAUTION = math.log(1 / 4), math.log(1 / 8), math.log(100.0)
 #: Chunks in a row in which nothing could be tried, after which what was learnt fades, and by how much in each.
 STARVED, THAW = 16, 0.03
 #: Weights of a round in what changes slowly: how drafts and host compare with steps, and what drafters offer.
@@ -141,8 +142,8 @@ class DeadlineController:
     and h for the host, and the device's speed s, which follows the last few calls. ``OverrunLaw`` knows how far
     predictions were exceeded. A round is started if ``P(residual > log(time left / prediction)) <= r``, stalls left
     out, with ``r = aim * max_late / c``: after each chunk, caution c is raised if a round was late, and else lowered a
-    little, so that in the long run ``aim * max_late`` of the chunks are. Rounds in which a whole round's time is left
-    behind them have no risk worth mentioning, so that a chunk's risk is that of its last round or two.
+    little, so that in the long run no more than ``aim * max_late`` of the chunks are. Rounds behind which there is time
+    for another one have next to no risk, so that a chunk's is that of its last round or two.
 
     Among the rounds that may be started `Lookahead` says which one is worth most, by acceptance per position and depth.
 
@@ -223,7 +224,8 @@ class DeadlineController:
         self._last_surprise = 0  # -1 = unusually short, 1 = unusually long
         self._draft_bias = self._prefill_bias = 1.0
         self._host_ns = 0.0
-        self._log_caution, self._risk = 0.0, options.aim * options.max_late
+        self._log_caution = FIRST_CAUTION
+        self._risk = options.aim * options.max_late * math.exp(-FIRST_CAUTION)
         self._num_rounds_seen = self._num_prefills_seen = 0
         self._num_refused, self._num_starved, self._patience = 0, 0, options.patience
         self._is_prefill, self._was_begun, self._is_probe, self._has_missed = True, False, False, False
@@ -344,7 +346,7 @@ class DeadlineController:
 
     @property
     def caution(self) -> float:
-        """What the risk of a round is divided by because of observed misses; 1 = none was expected or seen."""
+        """What the risk of a round is divided by because of observed misses; at first 1/4."""
         return math.exp(self._log_caution)
 
     def overrun_probability(self, gamma: int, remaining_ns: int) -> float:
@@ -395,7 +397,7 @@ class DeadlineController:
             self._num_starved += 1
             if self._num_starved > STARVED:
                 self._law.relax(THAW)
-                self._log_caution *= 1.0 - THAW
+                self._log_caution += THAW * (FIRST_CAUTION - self._log_caution)
         self._risk = target * math.exp(-self._log_caution)
 
     def _needed(self, left_ns: float) -> float:
