@@ -416,7 +416,7 @@ def _notes(clock: str, is_whole: bool, num_samples: int) -> tuple[str, ...]:
     said = {
         "lockstep": "clock lockstep: physics waits for the planner; late = would have missed the deadline",
         "real": "clock real: physics goes on while the planner thinks; a late plan is cut and answered by the ladder",
-        "virtual": "clock virtual: latencies are drawn from the start-up cost table",
+        "virtual": "clock virtual: latencies are drawn from the cost table",
     }
     if not num_samples:
         return (said[clock],)

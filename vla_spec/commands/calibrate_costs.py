@@ -25,7 +25,7 @@ from vla_spec.commands._options import (
 )
 from vla_spec.errors import BadConfig
 
-GROUP_HELP = "Measure and fit what belongs to this machine and this policy."
+GROUP_HELP = "Fit what depends on this machine or this policy, and write it down."
 
 
 def command(
