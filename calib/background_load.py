@@ -7,6 +7,7 @@ parent, so that it also ends if the parent is killed and can't clean up.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from types import TracebackType
@@ -82,10 +83,9 @@ class BackgroundLoad:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ended = [process.pid for process in self._processes if process.poll() is not None]
-        self._end()
-        if ended and kind is None:
-            raise LoadFailed(f"load {self.kind!r}: {len(ended)} of its processes ended too early; measure again")
+        num_early = self._end()
+        if num_early and kind is None:
+            raise LoadFailed(f"load {self.kind!r}: {num_early} of its processes ended too early; measure again")
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -96,18 +96,24 @@ class BackgroundLoad:
             start_new_session=True,
         )
 
-    def _end(self) -> None:
+    def _end(self) -> int:
+        """End all of them. Returns how many had ended by themselves.
+
+        These are told by how they ended: one that is dying, but still has threads, looks alive when it is asked.
+        """
+        num_early = 0
         for process in self._processes:
             process.terminate()
         for process in self._processes:
             try:
-                process.wait(_END_TIMEOUT_S)
+                num_early += process.wait(_END_TIMEOUT_S) != -signal.SIGTERM
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
         self._processes.clear()
+        return num_early
 
 
 def work(kind: str, parent: int) -> None:
