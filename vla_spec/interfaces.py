@@ -34,7 +34,7 @@ class EngineInfo(NamedTuple):
     provider: str  # where it really runs, as the library reports it
     has_tree_mask: bool  # `step` accepts branches; otherwise chains only
     has_inplace_kv: bool  # the cache is written in place, commit is O(path)
-    is_batch_invariant: bool  # `step(n)` equals n times `step(1)`; exactness is claimed only if True
+    is_batch_invariant: bool  # `step(n)` equals n times `step(1)` to rounding; exactness is claimed only if True
 
 
 @runtime_checkable

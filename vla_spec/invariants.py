@@ -35,6 +35,9 @@ INVARIANTS = {
     "clock": "virtual time never runs backwards, and a plan lasts as long as its calls",
     "counters": "counters of chunks, commands, rungs, reasons and traces add up",
 }
+#: Logits of one token in forwards of different size differ by their rounding, 1.7e-5 at most on ONNX Runtime (15,500
+#: tokens of the shipped policy): two tokens nearer than this are both the target's choice, and counted as ties.
+TIE = 1e-4
 #: Violations that are described in full; later ones are only counted.
 MAX_EXAMPLES = 20
 #: Chunks that may still be played from; older ones are forgotten.
@@ -89,7 +92,7 @@ class Checker:
         #: The first violations in full.
         self.examples: list[Violation] = []
         #: Tokens that were compared with the undisturbed engine.
-        self.num_tokens_checked = 0
+        self.num_tokens_checked = self.num_ties = 0
         self._tick = 0
         self._num_plans = 0
         self._latest_ns = now_ns()
@@ -256,10 +259,14 @@ class Checker:
         """Feed the tokens to the undisturbed engine, all at once, and compare its choices with the labels."""
         seen = np.flatnonzero(labels <= Provenance.RELAXED)
         n = int(seen[-1]) + 1
-        choices = self._choices(given, chunk.tokens[:n])
+        logits = self._logits(given, chunk.tokens[:n])
+        choices = logits.argmax(1).astype(np.int32)
         tokens = chunk.tokens[:n]
         self.num_tokens_checked += len(seen)
-        wrong = (labels[:n] == Provenance.EXACT) & (tokens != choices)
+        differs = (labels[:n] == Provenance.EXACT) & (tokens != choices)
+        is_tie = differs & (logits.max(1) - logits[np.arange(n), tokens] <= TIE)
+        self.num_ties += int(is_tie.sum())
+        wrong = differs & ~is_tie
         if wrong.any():
             at = int(wrong.argmax())
             self._violate(
@@ -272,15 +279,15 @@ class Checker:
             if fault:
                 self._violate("provenance", f"chunk {chunk.chunk_id}: {fault}")
 
-    def _choices(self, given: Observation, tokens: Int32) -> Int32:
-        """What the undisturbed engine chooses at each position, given the tokens before it; int32 [n]."""
+    def _logits(self, given: Observation, tokens: Int32) -> Float32:
+        """What the undisturbed engine says about each position, given the tokens before it; float32 [n, V]."""
         engine = self._engine
-        choices = [engine.prefill(self._adapter.encode(given)).logits.argmax(1)]
+        logits = [engine.prefill(self._adapter.encode(given)).logits.copy()]
         for first in range(0, len(tokens) - 1, engine.max_step):
             fed = tokens[first : min(first + engine.max_step, len(tokens) - 1)]
-            choices.append(engine.step(fed, np.arange(-1, len(fed) - 1, dtype=np.int32)).logits.argmax(1))
+            logits.append(engine.step(fed, np.arange(-1, len(fed) - 1, dtype=np.int32)).logits.copy())
             engine.commit(np.arange(len(fed), dtype=np.int32))
-        return np.concatenate(choices).astype(np.int32)[: len(tokens)]
+        return np.concatenate(logits)[: len(tokens)]
 
     def _check_tail(self, chunk: ActionChunk, row: int) -> bool:
         """A row that is said to be an older chunk's. Returns whether it was verified there."""

@@ -158,6 +158,7 @@ class Details:
         violations: by invariant.
         examples: the first violations in full.
         tokens_checked: tokens that were compared with the undisturbed engine.
+        ties: of these, tokens that are not its choice by less than the rounding of forwards of different size.
         fired: how often each fault struck.
         late_feasible_by_fault: late feasible plans that a fault had struck, by fault; a plan may count several times.
         plan_rungs, reasons: plans; command_rungs: control steps.
@@ -168,6 +169,7 @@ class Details:
     violations: dict[str, int]
     examples: tuple[dict[str, Any], ...]
     tokens_checked: int
+    ties: int
     fired: dict[str, int]
     late_feasible_by_fault: dict[str, int]
     plan_rungs: dict[str, int]
@@ -566,6 +568,7 @@ class _ModeRun:
             violations=dict(checker.counts),
             examples=tuple(violation._asdict() for violation in checker.examples),
             tokens_checked=checker.num_tokens_checked,
+            ties=checker.num_ties,
             fired={name: fault.fired for name, fault in self._faults.items()},
             late_feasible_by_fault=dict(sorted(self._late_by_fault.items())),
             plan_rungs=dict(sorted(self._plan_rungs.items())),
