@@ -15,6 +15,7 @@ from vla_spec.clock import VirtualClock
 from vla_spec.config import merge, read_mode, resolve
 from vla_spec.costs import Costs
 from vla_spec.decoder import SpeculativeDecoder
+from vla_spec.engines.toy import ToyEngine
 from vla_spec.errors import BadConfig, BadObservation, UnknownOption
 from vla_spec.injection import Call, CallKind, Draws, Weather
 from vla_spec.invariants import INVARIANTS
@@ -190,6 +191,30 @@ def test_a_planted_violation_is_found(monkeypatch, planted):
         monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
     counts = run(150, "engine_exception,nan_state,instruction_change", settings=ROUGH[:2], oracle_every=0).details
     assert counts["deadline"].violations[invariant] > 0, counts["deadline"]
+
+
+@pytest.mark.parametrize(("gap", "is_tie"), [(1e-6, True), (1e-2, False)])
+def test_only_scores_that_are_equal_to_within_rounding_tie(monkeypatch, gap, is_tie):
+    """The rule takes the second best, which the engine finds worse by so much."""
+
+    def second_best(self, draft, scores, committed, rng, tolerance=1.0):
+        none = np.zeros(0, np.float32)
+        return Verdict(np.zeros(0, np.int32), int(np.argsort(scores.logits[0])[-2]), none > 0, none)
+
+    original = ToyEngine._scores
+
+    def nearly_equal(self, *args):
+        scores = original(self, *args)
+        rows = np.arange(len(scores.logits))
+        best, second = np.argsort(scores.logits, axis=1)[:, :-3:-1].T
+        scores.logits[rows, second] = scores.logits[rows, best] - np.float32(gap)
+        return scores
+
+    monkeypatch.setattr(ToyEngine, "_scores", nearly_equal)
+    monkeypatch.setattr(GreedyRule, "judge", second_best)
+    details = run(40, "none", modes=("autoregressive",), oracle_every=0).details["autoregressive"]
+    assert (details.ties > 0) == is_tie
+    assert (details.violations["provenance"] == 0) == is_tie
 
 
 def test_a_jump_of_an_unverified_command_is_found(monkeypatch):
