@@ -10,7 +10,8 @@ import numpy.typing as npt
 from vla_spec.assemble import Assembly
 from vla_spec.interfaces import AcceptanceRule
 from vla_spec.runtime import EpisodicRobot
-from vla_spec.types import Committed, Draft, Float32, Observation, Scores, TokenDomain, Verdict
+from vla_spec.types import Committed, Draft, Float32, Scores, TokenDomain, Verdict
+from vla_spec.wrapped_robot import WrappedRobot
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,7 +25,7 @@ class Tolerance(NamedTuple):
 
 
 @final
-class UsedUpRobot:
+class UsedUpRobot(WrappedRobot):
     """Wraps a robot; every action is moved as far as a tolerance allows, in the same direction all episode long.
 
     Per degree of freedom by ``cap + relative * |action|``, a sign each, scaled down so that a group's sum stays within
@@ -34,7 +35,8 @@ class UsedUpRobot:
     def __init__(
         self, robot: EpisodicRobot, tolerance: Tolerance, domain: TokenDomain, physical_per_action: Float32
     ) -> None:
-        self.robot, self._unit = robot, physical_per_action.astype(np.float64)
+        super().__init__(robot)
+        self._unit = physical_per_action.astype(np.float64)
         per_step = domain.tokens_per_step
         self._moves = ~domain.never_relaxed[:per_step]
         self._cap, self._budget = np.array(tolerance.cap), np.array(tolerance.budget)
@@ -44,34 +46,10 @@ class UsedUpRobot:
         #: Scale of the tolerance, as a controller sets it; the caller's to change between two actions. [0..1]
         self.scale = 1.0
 
-    @property
-    def action_low(self) -> Float32:
-        """The wrapped robot's."""
-        return self.robot.action_low
-
-    @property
-    def action_high(self) -> Float32:
-        """The wrapped robot's."""
-        return self.robot.action_high
-
-    @property
-    def dt_s(self) -> float:
-        """The wrapped robot's."""
-        return self.robot.dt_s
-
-    @property
-    def is_success(self) -> bool:
-        """The wrapped robot's."""
-        return self.robot.is_success
-
     def reset(self, seed: int) -> None:
         """Reset, and draw a direction."""
         self._direction = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], len(self._direction))
         self.robot.reset(seed)
-
-    def observe(self, now_ns: int) -> Observation:
-        """The wrapped robot's."""
-        return self.robot.observe(now_ns)
 
     def offset(self, action: Float32) -> Floats:
         """float64 [A], physical: how far this action is moved."""
@@ -86,10 +64,6 @@ class UsedUpRobot:
         """The moved action, within the robot's limits."""
         moved = (action + self.offset(action) / self._unit).astype(np.float32)
         return self.robot.act(np.clip(moved, self.action_low, self.action_high), now_ns)
-
-    def close(self) -> None:
-        """The wrapped robot's."""
-        self.robot.close()
 
 
 @final

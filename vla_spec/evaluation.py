@@ -24,7 +24,8 @@ from vla_spec.progress import Reporter
 from vla_spec.results import Film, Results, Row, Series, TaskScore, environment, percentiles, wilson_interval
 from vla_spec.runtime import EpisodeResult, EpisodicRobot, Mode, run_episode
 from vla_spec.trace import PlanRecord
-from vla_spec.types import Float32, Observation, UInt8
+from vla_spec.types import Observation, UInt8
+from vla_spec.wrapped_robot import WrappedRobot
 
 #: The mode that speed-ups and agreement refer to.
 BASELINE = "autoregressive"
@@ -60,33 +61,13 @@ class Episode(NamedTuple):
 
 
 @final
-class ObservedRobot:
+class ObservedRobot(WrappedRobot):
     """Wraps a robot and keeps what plans were made from."""
 
     def __init__(self, robot: EpisodicRobot) -> None:
-        self.robot = robot
+        super().__init__(robot)
         #: Since the last reset.
         self.observations: list[Observation] = []
-
-    @property
-    def action_low(self) -> Float32:
-        """The wrapped robot's."""
-        return self.robot.action_low
-
-    @property
-    def action_high(self) -> Float32:
-        """The wrapped robot's."""
-        return self.robot.action_high
-
-    @property
-    def dt_s(self) -> float:
-        """The wrapped robot's."""
-        return self.robot.dt_s
-
-    @property
-    def is_success(self) -> bool:
-        """The wrapped robot's."""
-        return self.robot.is_success
 
     def reset(self, seed: int) -> None:
         """Reset, and forget what was seen."""
@@ -98,14 +79,6 @@ class ObservedRobot:
         seen = self.robot.observe(now_ns)
         self.observations.append(seen)
         return seen
-
-    def act(self, action: Float32, now_ns: int) -> Float32:
-        """The wrapped robot's."""
-        return self.robot.act(action, now_ns)
-
-    def close(self) -> None:
-        """The wrapped robot's."""
-        self.robot.close()
 
 
 def evaluate(plan: Plan, progress: Reporter) -> Results:

@@ -19,10 +19,12 @@ import numpy as np
 
 from vla_spec.clock import VirtualClock
 from vla_spec.costs import Costs
-from vla_spec.interfaces import ChunkHistory, Drafter, Engine, EngineInfo, ScoreObserver
+from vla_spec.interfaces import ChunkHistory, Drafter, Engine, ScoreObserver
 from vla_spec.runtime import EpisodicRobot
 from vla_spec.types import Draft, EngineInputs, Float32, Int32, Observation, Plan, Scores
 from vla_spec.virtual_costs import ChargedDrafter, ChargedEngine
+from vla_spec.wrapped_engine import WrappedEngine
+from vla_spec.wrapped_robot import WrappedRobot
 
 _MASK = (1 << 64) - 1
 _NORMAL = NormalDist()
@@ -323,37 +325,18 @@ class Injector:
 
 
 @final
-class FaultyEngine:
+class FaultyEngine(WrappedEngine):
     """An engine whose calls fail, or say nonsense, after their time has passed."""
 
     def __init__(self, engine: ChargedEngine, injector: Injector) -> None:
-        self._engine, self._injector = engine, injector
-
-    @property
-    def info(self) -> EngineInfo:
-        """The wrapped engine's."""
-        return self._engine.info
-
-    @property
-    def length(self) -> int:
-        """The wrapped engine's."""
-        return self._engine.length
-
-    @property
-    def max_step(self) -> int:
-        """The wrapped engine's."""
-        return self._engine.max_step
-
-    @property
-    def features(self) -> object | None:
-        """The wrapped engine's."""
-        return self._engine.features
+        super().__init__(engine)
+        self._injector = injector
 
     def prefill(self, inputs: EngineInputs) -> Scores:
         """Round 0."""
         injector = self._injector
         injector.round = 0
-        scores = self._engine.prefill(inputs)
+        scores = self.engine.prefill(inputs)
         call = Call(injector.plan, 0, CallKind.PREFILL, 0)
         injector.before(call)
         return injector.scores(call, scores)
@@ -362,7 +345,7 @@ class FaultyEngine:
         """The next round."""
         injector = self._injector
         injector.round += 1
-        scores = self._engine.step(tokens, parents)
+        scores = self.engine.step(tokens, parents)
         call = Call(injector.plan, injector.round, CallKind.STEP, len(tokens))
         injector.before(call)
         return injector.scores(call, scores)
@@ -371,7 +354,7 @@ class FaultyEngine:
         """Of this round."""
         injector = self._injector
         injector.before(Call(injector.plan, injector.round, CallKind.COMMIT, 0))
-        self._engine.commit(path)
+        self.engine.commit(path)
 
 
 @final
@@ -401,7 +384,7 @@ class FaultyDrafter:
 
 
 @final
-class FaultyRobot:
+class FaultyRobot(WrappedRobot):
     """A robot whose camera, sensors and orders go wrong; what it is told to do, it does.
 
     Args:
@@ -411,7 +394,8 @@ class FaultyRobot:
     """
 
     def __init__(self, robot: EpisodicRobot, injector: Injector, offered: Sequence[str]) -> None:
-        self._robot, self._injector, self._offered = robot, injector, offered
+        super().__init__(robot)
+        self._injector, self._offered = injector, offered
         self._past: deque[Observation] = deque(maxlen=PAST_OBSERVATIONS)
         self._step = 0
         self._instruction: str | None = None
@@ -421,33 +405,13 @@ class FaultyRobot:
         self.ordered_at = 0
 
     @property
-    def action_low(self) -> Float32:
-        """The wrapped robot's."""
-        return self._robot.action_low
-
-    @property
-    def action_high(self) -> Float32:
-        """The wrapped robot's."""
-        return self._robot.action_high
-
-    @property
-    def dt_s(self) -> float:
-        """The wrapped robot's."""
-        return self._robot.dt_s
-
-    @property
-    def is_success(self) -> bool:
-        """The wrapped robot's."""
-        return self._robot.is_success
-
-    @property
     def instruction(self) -> str | None:
         """The order that holds; None = the robot's own, not looked at yet."""
         return self._instruction
 
     def reset(self, seed: int) -> None:
         """Start an episode: earlier pictures and the order are forgotten."""
-        self._robot.reset(seed)
+        self.robot.reset(seed)
         self._past.clear()
         self._instruction, self._step, self.ordered_at, self.given = self._offered[0], 0, 0, None
 
@@ -461,7 +425,7 @@ class FaultyRobot:
     def observe(self, now_ns: int) -> Observation:
         """Look; what is returned may be wrong in any way. A plan begins."""
         self._injector.begin_plan()
-        seen = self._robot.observe(now_ns)
+        seen = self.robot.observe(now_ns)
         if self._instruction is not None and self._instruction != seen.instruction:
             seen = Observation(seen.images, seen.state, self._instruction, seen.stamp_ns, seen.step)
         self.given = self._injector.observe(seen, tuple(self._past))
@@ -470,13 +434,9 @@ class FaultyRobot:
 
     def act(self, action: Float32, now_ns: int) -> Float32:
         """Do it."""
-        sent = self._robot.act(action, now_ns)
+        sent = self.robot.act(action, now_ns)
         self._step += 1
         return sent
-
-    def close(self) -> None:
-        """Free what the robot holds."""
-        self._robot.close()
 
 
 def overriding(faults: Sequence[Fault], hook: str) -> list[Fault]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from vla_spec.clock import VirtualClock
 from vla_spec.errors import BadConfig
-from vla_spec.interfaces import ActionTokenizer, Adapter, ChunkHistory, Drafter, Engine, EngineInfo, ScoreObserver
+from vla_spec.interfaces import ActionTokenizer, Adapter, ChunkHistory, Drafter, Engine, ScoreObserver
 from vla_spec.types import Draft, EngineInputs, Float32, Int32, Observation, Plan, Scores, TokenDomain
+from vla_spec.wrapped_engine import WrappedEngine
 
 #: Nanoseconds: one number, or ``{quantile in 0..1: ns}``.
 Cost = int | float | Mapping[float, float]
@@ -104,31 +105,12 @@ def _draw_at(costs: Mapping[int, CostDistribution], size: int, rng: np.random.Ge
 
 
 @final
-class ChargedEngine:
-    """An engine whose calls let time pass on a virtual clock; everything else is the wrapped engine's."""
+class ChargedEngine(WrappedEngine):
+    """An engine whose calls let time pass on a virtual clock; a commit is free of charge."""
 
     def __init__(self, engine: Engine, costs: Charges, clock: VirtualClock, rng: np.random.Generator) -> None:
-        self.engine, self._costs, self._clock, self._rng = engine, costs, clock, rng
-
-    @property
-    def info(self) -> EngineInfo:
-        """The wrapped engine's."""
-        return self.engine.info
-
-    @property
-    def length(self) -> int:
-        """The wrapped engine's."""
-        return self.engine.length
-
-    @property
-    def max_step(self) -> int:
-        """The wrapped engine's."""
-        return self.engine.max_step
-
-    @property
-    def features(self) -> object | None:
-        """The wrapped engine's."""
-        return self.engine.features
+        super().__init__(engine)
+        self._costs, self._clock, self._rng = costs, clock, rng
 
     def prefill(self, inputs: EngineInputs) -> Scores:
         """Prefill, and charge for it."""
@@ -141,10 +123,6 @@ class ChargedEngine:
         scores = self.engine.step(tokens, parents)
         self._clock.advance(self._costs.step_ns(len(tokens), self._rng))
         return scores
-
-    def commit(self, path: Int32) -> None:
-        """Free of charge."""
-        self.engine.commit(path)
 
 
 @final

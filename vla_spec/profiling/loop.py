@@ -15,40 +15,22 @@ from vla_spec.clock import NowNs
 from vla_spec.config import as_options
 from vla_spec.runtime import EpisodeResult, EpisodicRobot, Mode, run_episode
 from vla_spec.types import Float32, Observation
+from vla_spec.wrapped_robot import WrappedRobot
 
 #: (begin, end) of one call [ns].
 Interval = tuple[int, int]
 
 
 @final
-class TimedRobot:
+class TimedRobot(WrappedRobot):
     """Wraps a robot and keeps when it was looked through and when it was moved."""
 
     def __init__(self, robot: EpisodicRobot, now_ns: NowNs) -> None:
-        self.robot, self._now_ns = robot, now_ns
+        super().__init__(robot)
+        self._now_ns = now_ns
         #: Since the last reset.
         self.observes: list[Interval] = []
         self.acts: list[Interval] = []
-
-    @property
-    def action_low(self) -> Float32:
-        """The wrapped robot's."""
-        return self.robot.action_low
-
-    @property
-    def action_high(self) -> Float32:
-        """The wrapped robot's."""
-        return self.robot.action_high
-
-    @property
-    def dt_s(self) -> float:
-        """The wrapped robot's."""
-        return self.robot.dt_s
-
-    @property
-    def is_success(self) -> bool:
-        """The wrapped robot's."""
-        return self.robot.is_success
 
     def reset(self, seed: int) -> None:
         """Reset, and forget what was measured."""
@@ -68,10 +50,6 @@ class TimedRobot:
         sent = self.robot.act(action, now_ns)
         self.acts.append((begin_ns, self._now_ns()))
         return sent
-
-    def close(self) -> None:
-        """The wrapped robot's."""
-        self.robot.close()
 
 
 class Played(NamedTuple):
