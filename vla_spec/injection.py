@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from statistics import NormalDist
 from typing import NamedTuple, final
@@ -19,6 +20,7 @@ import numpy as np
 
 from vla_spec.clock import VirtualClock
 from vla_spec.costs import Costs
+from vla_spec.errors import BadConfig
 from vla_spec.interfaces import ChunkHistory, Drafter, Engine, ScoreObserver
 from vla_spec.runtime import EpisodicRobot
 from vla_spec.types import Draft, EngineInputs, Float32, Int32, Observation, Plan, Scores
@@ -81,6 +83,21 @@ class Draws:
     def below(self, limit: int, *index: int) -> int:
         """A whole number in [0, limit)."""
         return int(self.uniform(*index) * limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """Options of a fault that strikes by chance and has nothing else to set.
+
+    Attributes:
+        probability: of each plan.
+    """
+
+    probability: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.probability <= 1):
+            raise BadConfig(f"probability is {self.probability}; valid: 0..1")
 
 
 class Fault:

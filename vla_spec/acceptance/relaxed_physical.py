@@ -91,7 +91,6 @@ class RelaxedPhysicalRule:
         self._check_units(domain, tokenizer)
         self._check_cap(cap, domain.unit_per_bin)
         self._tokenizer = tokenizer
-        self._group = domain.group
         self._groups: list[int] = domain.group.tolist()
         self._members = {group: np.flatnonzero(domain.group == group).tolist() for group in set(self._groups)}
         self._place = self._places(tokenizer, domain)
@@ -164,7 +163,7 @@ class RelaxedPhysicalRule:
                 group = self._groups[position]
                 before = spent.get(group)
                 if before is None:
-                    before = sum(float(committed.deviation[at]) for at in self._members[group] if at < m)
+                    before = self._committed(group, committed)
                 if not self._is_within(off, before + off, position, choice, tolerance):
                     break
                 spent[group], is_relaxed = before + off, True
@@ -186,11 +185,15 @@ class RelaxedPhysicalRule:
         if before < 0:
             return 0.0
         if before < len(committed.tokens):
-            same = self._group[: before + 1] == self._group[before]
-            return float(committed.deviation[: before + 1] @ same)
+            return self._committed(self._groups[before], committed)
         for _ in range(position - before - 1):  # one step up where groups are runs of positions
             parent = parents[parent]
         return spent[parent]
+
+    def _committed(self, group: int, committed: Committed) -> float:
+        """What a group has spent on tokens of earlier rounds."""
+        m = len(committed.tokens)
+        return sum(float(committed.deviation[at]) for at in self._members[group] if at < m)
 
     @staticmethod
     def _places(tokenizer: ActionTokenizer, domain: TokenDomain) -> list[list[float]]:
@@ -201,7 +204,8 @@ class RelaxedPhysicalRule:
             at = np.full((len(tokens), len(tokens)), position, np.int32)
             between = tokenizer.distance(tokens[:, None], tokens[None], at).astype(np.float64)  # [V, V]
             place = between[0]
-            if not np.allclose(np.abs(place[:, None] - place[None]), between, rtol=1e-5, atol=1e-6 * place.max()):
+            error = np.abs(np.abs(place[:, None] - place[None]) - between)
+            if not (error <= 1e-5 * between + 1e-6 * place.max()).all():
                 return []
             places.append(place.tolist())
         return places

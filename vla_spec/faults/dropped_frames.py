@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from vla_spec.errors import BadConfig
-from vla_spec.injection import Draws, Fault
+from vla_spec.injection import Chance, Draws, Fault
 from vla_spec.plugins import Parts
 from vla_spec.types import Observation
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class Options(Chance):
     """How often.
 
     Attributes:
@@ -21,10 +20,6 @@ class Options:
     """
 
     probability: float = 0.02
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.probability <= 1):
-            raise BadConfig(f"probability is {self.probability}; valid: 0..1")
 
 
 @final

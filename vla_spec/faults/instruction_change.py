@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from vla_spec.errors import BadConfig
-from vla_spec.injection import Draws, Fault
+from vla_spec.injection import Chance, Draws, Fault
 from vla_spec.plugins import Parts
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class Options(Chance):
     """How often.
 
     Attributes:
@@ -20,10 +19,6 @@ class Options:
     """
 
     probability: float = 0.005
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.probability <= 1):
-            raise BadConfig(f"probability is {self.probability}; valid: 0..1")
 
 
 @final

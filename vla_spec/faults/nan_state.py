@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import final
 
 import numpy as np
 
-from vla_spec.errors import BadConfig
+from vla_spec.injection import Chance as Options
 from vla_spec.injection import Draws, Fault
 from vla_spec.plugins import Parts
 from vla_spec.types import Observation
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How often.
-
-    Attributes:
-        probability: of each plan.
-    """
-
-    probability: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.probability <= 1):
-            raise BadConfig(f"probability is {self.probability}; valid: 0..1")
 
 
 @final
