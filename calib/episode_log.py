@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from vla_spec.errors import BadConfig
+from vla_spec.results import write_text
 
 
 class EpisodeKey(NamedTuple):
@@ -66,9 +67,7 @@ class EpisodeLog:
         text = self.path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text(whole, encoding="utf-8")
-            temporary.replace(self.path)
+            write_text(self.path, whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except json.JSONDecodeError as error:

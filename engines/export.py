@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import tempfile
 import warnings
@@ -20,6 +19,7 @@ import numpy as np
 import onnx
 import torch
 
+from vla_spec.atomic import replacing
 from vla_spec.engines.nets.block_head import BlockHead
 from vla_spec.engines.nets.feature_head import FeatureHead
 from vla_spec.engines.nets.graphs import BlockDraft, FeatureDraft, Prefill, Step
@@ -158,9 +158,8 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
         "vocab_size": NUM_BINS,
     }
     for name, content in (("policy.json", policy), ("engine.json", sizes)):
-        temporary = out / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out / name)
+        with replacing(out / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     write_golden(out, golden_inputs)
 
 
@@ -180,10 +179,8 @@ def write_golden(out: Path, inputs: dict[str, np.ndarray]) -> None:
     ):
         golden |= {f"{name}_tokens": tokens, f"{name}_parents": parents}
         golden[f"{name}_logits"] = engine.step(tokens, parents).logits.copy()
-    temporary = out / f".golden.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
+    with replacing(out / "golden.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **golden)  # type: ignore[arg-type]
-    temporary.replace(out / "golden.npz")
 
 
 def export_block_head(head: BlockHead, out: Path) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vla_spec import __version__, doctor
+from vla_spec.atomic import replacing
 from vla_spec.errors import BadConfig
 from vla_spec.trace import write_json
 from vla_spec.types import UInt8
@@ -223,13 +224,8 @@ def save(results: Results, folder: Path, command: str) -> Results:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def point_latest_to(folder: Path) -> None:

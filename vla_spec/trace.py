@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
+from vla_spec.atomic import replacing
 from vla_spec.errors import BadConfig
 from vla_spec.ladder import Reason
 from vla_spec.types import Round, Rung
@@ -245,10 +245,8 @@ def quantiles(values: npt.NDArray[Any]) -> Quantiles | None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _unrolled(ring: Structured, total: int) -> Structured:

@@ -9,13 +9,13 @@ One file per episode, written atomically: stop and start again at any time.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from vla_spec.atomic import replacing
 from vla_spec.robots._metaworld_tasks import TASKS
 from vla_spec.robots.metaworld import MetaWorldRobot
 from vla_spec.types import Float32, Observation
@@ -105,8 +105,7 @@ def collect_task(
         episode = run_episode(robot, seed, policy)
         good = episode.is_success or keep_failures
         n = len(episode.steps) if good else 0
-        temporary = folder / f".{seed}.{os.getpid()}.tmp"
-        with temporary.open("wb") as file:
+        with replacing(folder / f"{seed}.npz") as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
                 images=episode.images[:n],
@@ -114,7 +113,6 @@ def collect_task(
                 state=episode.state,
                 labels=episode.labels,
             )
-        temporary.replace(folder / f"{seed}.npz")
         if progress is not None:
             progress(task, episode.is_success)
     robot.close()

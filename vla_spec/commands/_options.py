@@ -57,6 +57,7 @@ def override_tree(
 
 
 def with_sets(tree: dict[str, Any], sets: list[str] | None) -> dict[str, Any]:
+    """The tree with each ``KEY=VALUE`` of --set on top."""
     from vla_spec.config import set_key
 
     for assignment in sets or []:
@@ -85,6 +86,11 @@ def split(text: str | None) -> tuple[str, ...] | None:
 
 
 def check_training_seeds(first: int, count: int) -> None:
+    """Refuse seeds that are kept for evaluation.
+
+    Raises:
+        BadConfig: a seed from `FIRST_HELD_OUT_SEED` on.
+    """
     if first + count > FIRST_HELD_OUT_SEED:
         raise BadConfig(
             f"--seed-start {first} --episodes {count}: seeds from {FIRST_HELD_OUT_SEED} on are kept for evaluation; "

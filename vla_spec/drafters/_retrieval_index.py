@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_spec.atomic import replacing
 from vla_spec.errors import BadModel
 from vla_spec.types import Float32, Int32
 
@@ -90,18 +90,12 @@ class RetrievalIndex:
     def save(self, path: Path) -> None:
         """Write the file, atomically."""
         narrow = np.uint8 if int(self.tokens.max(initial=0)) < 256 else np.uint16
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(
-                    file, keys=self.keys.astype(np.float16), tokens=self.tokens.astype(narrow), mean=self.mean,
-                    projection=self.projection, model_hash=np.array(self.model_hash),
-                    about=np.array(json.dumps(self.about)),
-                )  # fmt: skip
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file, keys=self.keys.astype(np.float16), tokens=self.tokens.astype(narrow), mean=self.mean,
+                projection=self.projection, model_hash=np.array(self.model_hash),
+                about=np.array(json.dumps(self.about)),
+            )  # fmt: skip
 
     @staticmethod
     def load(path: Path) -> RetrievalIndex:

@@ -7,7 +7,6 @@ A recording is one ``.npz`` file of plain arrays (never pickled objects): ``imag
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, final
 
 import numpy as np
 
+from vla_spec.atomic import replacing
 from vla_spec.errors import BadConfig, BadObservation
 from vla_spec.plugins import Parts
 from vla_spec.types import Float32, Observation
@@ -102,10 +102,8 @@ class ReplayRobot:
 
     def save_commands(self, path: Path) -> None:
         """Write ``commands`` float32 [steps, A] and ``stamp_ns`` int64 [steps] to a ``.npz`` file, atomically."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, commands=self.commands, stamp_ns=np.array(self._sent_ns, np.int64))
-        temporary.replace(path)
 
     def close(self) -> None:
         """Nothing to free."""
