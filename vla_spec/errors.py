@@ -70,6 +70,16 @@ class MissingDependency(VlaSpecError):
         super().__init__(f"{what} is missing; to install: {fix}")
 
 
+class NoDevice(VlaSpecError):
+    """A GPU that this command needs and the machine lacks, or whose driver is missing or too old."""
+
+    exit_code = 69  # as sysexits.h has it: unavailable
+
+
+class DeviceError(VlaSpecError):
+    """The GPU refused a call: no memory left, an engine of another device, a device that was lost."""
+
+
 class Interrupted(VlaSpecError):
     """Ctrl-C: stopped on request, what was written is whole."""
 
