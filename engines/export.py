@@ -7,9 +7,7 @@ for all engines together.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,9 +18,23 @@ import onnx
 import torch
 
 from vla_spec.atomic import replacing
+from vla_spec.engines._decoder_spec import DecoderSpec
+from vla_spec.engines._graph_engine import GraphEngine
+from vla_spec.engines._model_files import (
+    COMMIT_GRAPH,
+    DECODER_GRAPH,
+    GOLDEN,
+    PROMPT_GRAPH,
+    WEIGHTS,
+    ModelFiles,
+    hash_weights,
+)
+from vla_spec.engines._safetensors import WeightsFile
+from vla_spec.engines.graphs.commit import commit_model
+from vla_spec.engines.graphs.decoder import decoder_model
 from vla_spec.engines.nets.block_head import BlockHead
 from vla_spec.engines.nets.feature_head import FeatureHead
-from vla_spec.engines.nets.graphs import BlockDraft, FeatureDraft, Prefill, Step
+from vla_spec.engines.nets.graphs import BlockDraft, FeatureDraft, Prompt
 from vla_spec.engines.nets.levels import NUM_BINS, TOKENIZER_HIGH, TOKENIZER_LOW
 from vla_spec.engines.nets.vla import VLA
 from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, read_weights, save_half
@@ -31,29 +43,17 @@ OPSET = 17
 SMALL = 64  # weights of fewer elements stay in the graph
 
 
-def safetensors_index(path: Path) -> dict[str, tuple[int, int, tuple[int, ...]]]:
-    """Name -> (offset from the file's start, bytes, shape)."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    return {
-        name: (8 + size + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0], tuple(t["shape"]))
-        for name, t in header.items()
-        if name != "__metadata__"
-    }
-
-
 def point_to_weights(graph_file: Path, weights_file: Path, prefix: str, out: Path) -> None:
     """Replace the graph's weights by references into a safetensors file; written atomically."""
     model = onnx.load(graph_file)
-    index = safetensors_index(weights_file)
+    index = WeightsFile.open(weights_file).tensors
     kept, casts = [], []
     for tensor in model.graph.initializer:
         name = tensor.name.removeprefix(prefix)
         if name not in index or np.prod(tensor.dims) < SMALL:
             kept.append(tensor)
             continue
-        offset, length, shape = index[name]
+        offset, length, shape, _ = index[name]
         assert shape == tuple(tensor.dims), f"{name}: {shape} {tensor.dims}"
         half = onnx.TensorProto(
             name=f"{tensor.name}.half", data_type=onnx.TensorProto.FLOAT16, dims=shape,
@@ -90,8 +90,35 @@ def export_graph(
         point_to_weights(raw, weights_file, prefix, out)
 
 
+def decoder_spec(model: VLA) -> DecoderSpec:
+    """The embedded policy's decoder, as the graph's writer needs it."""
+    c = model.config
+    third = c.num_layers // 3
+    return DecoderSpec(
+        num_layers=c.num_layers,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_heads,
+        head_width=c.width // c.num_heads,
+        hidden_width=c.width,
+        mlp_width=c.mlp_width,
+        vocab_size=c.num_bins,
+        capacity=c.prompt_length + c.num_tokens,
+        taps=(third, 2 * third) if third else (),
+        prompt_attention="full",
+    )
+
+
+def write_decoder(out: Path, spec: DecoderSpec) -> None:
+    """Write decoder.onnx and commit.onnx into a folder that has target.safetensors already."""
+    weights = WeightsFile.open(out / WEIGHTS)
+    for name, model in ((DECODER_GRAPH, decoder_model(spec, weights)), (COMMIT_GRAPH, commit_model(spec))):
+        with replacing(out / name) as temporary:
+            temporary.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(str(out / name))
+
+
 def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: dict[str, np.ndarray]) -> None:
-    """Write policy.json, engine.json, target.safetensors, prefill.onnx, step.onnx and golden.npz into ``out``.
+    """Write policy.json, engine.json, target.safetensors, the graphs and golden.npz into ``out``.
 
     Args:
         model: trained network.
@@ -101,31 +128,8 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
     """
     out.mkdir(parents=True, exist_ok=True)
     config = model.config
-    weights_file = out / "target.safetensors"
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_ONLY)}
-    save_half(weights_file, weights, {"config": config.to_json(), "vocabulary": json.dumps(vocabulary)})
-    model = load_model(weights_file)  # what is exported is what was written: rounded to half precision
-    heads, width = config.num_heads, config.width // config.num_heads
-    capacity, layers = config.prompt_length + config.num_tokens, config.num_layers
-    tensors = tuple(torch.from_numpy(golden_inputs[k]) for k in ("images", "words", "state"))
-    with torch.inference_mode():
-        export_graph(
-            Prefill(model), tensors, ["images", "words", "state"], ["logits", "features", "rows"], {}, weights_file,
-            out / "prefill.onnx",
-        )  # fmt: skip
-        past = [f"past_{i}_{kind}" for i in range(layers) for kind in ("key", "value")]
-        rows = [f"row_{i}_{kind}" for i in range(layers) for kind in ("key", "value")]
-        k = 3
-        step_inputs = (
-            torch.zeros(k, dtype=torch.long), torch.arange(k), torch.zeros(k, capacity + k),
-            *(torch.zeros(heads, capacity, width) for _ in past),
-        )  # fmt: skip
-        dynamic = {"tokens": {0: "k"}, "position": {0: "k"}, "mask": {0: "k", 1: "all"}}
-        dynamic |= {"logits": {0: "k"}, "features": {0: "k"}} | {name: {1: "k"} for name in rows}
-        export_graph(
-            Step(model), step_inputs, ["tokens", "position", "mask", *past], ["logits", "features", *rows], dynamic,
-            weights_file, out / "step.onnx",
-        )  # fmt: skip
+    save_half(out / WEIGHTS, weights, {"config": config.to_json(), "vocabulary": json.dumps(vocabulary)})
     policy: dict[str, Any] = {
         "image_size": config.image_size,
         "num_cameras": config.num_cameras,
@@ -146,28 +150,30 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
         "state_low": [-1.0, -0.5, -0.5, -0.5],
         "state_high": [1.0, 1.5, 1.5, 1.5],
     }
-    sizes = {
-        "format": 1,
-        "weights_sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
-        "num_layers": layers,
-        "num_heads": heads,
-        "head_width": width,
-        "capacity": capacity,
-        "prompt_length": config.prompt_length,
-        "feature_width": config.feature_width,
-        "vocab_size": NUM_BINS,
-    }
-    for name, content in (("policy.json", policy), ("engine.json", sizes)):
-        with replacing(out / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(out / "policy.json") as temporary:
+        temporary.write_text(json.dumps(policy, indent=1) + "\n", encoding="utf-8")
+    export_graphs(out, golden_inputs)
+
+
+def export_graphs(out: Path, golden_inputs: dict[str, np.ndarray]) -> None:
+    """Write everything that follows from target.safetensors: engine.json, the graphs and golden.npz."""
+    model = load_model(out / WEIGHTS)  # what is exported is what was written: rounded to half precision
+    tensors = tuple(torch.from_numpy(golden_inputs[k]) for k in ("images", "words", "state"))
+    with torch.inference_mode():
+        export_graph(
+            Prompt(model), tensors, ["images", "words", "state"], ["embeds"], {}, out / WEIGHTS, out / PROMPT_GRAPH
+        )
+    spec = decoder_spec(model)
+    write_decoder(out, spec)
+    ModelFiles(out, hash_weights(out), spec, model.config.prompt_length, None, "token.weight", "position").write()
     write_golden(out, golden_inputs)
 
 
 def write_golden(out: Path, inputs: dict[str, np.ndarray]) -> None:
     """Run the reference engine on the golden inputs and keep what it says."""
-    from vla_spec.engines.pytorch import PyTorchEngine
+    from vla_spec.engines.pytorch import PyTorchRuntime
 
-    engine = PyTorchEngine(out)
+    engine = GraphEngine(out, PyTorchRuntime(), is_checked=False)
     rng = np.random.default_rng(0)
     chain = rng.integers(0, NUM_BINS, 6).astype(np.int32)
     tree = rng.integers(0, NUM_BINS, 7).astype(np.int32)
@@ -179,7 +185,7 @@ def write_golden(out: Path, inputs: dict[str, np.ndarray]) -> None:
     ):
         golden |= {f"{name}_tokens": tokens, f"{name}_parents": parents}
         golden[f"{name}_logits"] = engine.step(tokens, parents).logits.copy()
-    with replacing(out / "golden.npz") as temporary, temporary.open("wb") as file:
+    with replacing(out / GOLDEN) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **golden)  # type: ignore[arg-type]
 
 

@@ -1,28 +1,32 @@
-"""Score tokens with ONNX Runtime. Owns two sessions (prefill, step) and one KV cache; not thread-safe.
+"""Score tokens with ONNX Runtime: the embedded default. Not thread-safe.
 
-The cache lives in host memory and is bound to the step graph once per step size: the host copies nothing for a step,
-and for a commit the accepted rows.
+Everything that a graph reads and writes lies in host memory and is bound to it by address once per number of rows. The
+cache is bound as input and as output: `TensorScatter` then writes new rows in place.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import numpy.typing as npt
 
-from vla_spec.engines._cached_engine import CachedEngine
-from vla_spec.engines._kv_cache import KVCache, StepBuffers
-from vla_spec.engines._model_files import check_weights, read_sizes, require_model_dir
+from vla_spec.engines._graph_engine import GraphEngine
+from vla_spec.engines._graph_runtime import Array, State, TensorSpec
+from vla_spec.engines._host_state import HostState
+from vla_spec.engines._model_files import require_model_dir
 from vla_spec.errors import BadModel, MissingDependency, SlowPath
-from vla_spec.interfaces import EngineInfo
 from vla_spec.plugins import Parts
-from vla_spec.types import EngineInputs, Int32, Scores
 
-#: Largest difference to the reference logits on the golden inputs that still counts as the same model.
-GOLDEN_TOLERANCE = 2e-3
+CPU = "CPUExecutionProvider"
+_TYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,11 @@ class Options:
     """
 
     max_step: int = 32
-    provider: str = "CPUExecutionProvider"
+    provider: str = CPU
     allow_slow: bool = False
 
 
-def open_session(path: Path, num_threads: int, provider: str = "CPUExecutionProvider", allow_slow: bool = False) -> Any:
+def open_session(path: Path, num_threads: int, provider: str = CPU, allow_slow: bool = False) -> Any:
     """An inference session, or a clear error.
 
     Raises:
@@ -70,86 +74,80 @@ def open_session(path: Path, num_threads: int, provider: str = "CPUExecutionProv
 
 
 @final
-class OnnxRuntimeEngine(CachedEngine):
-    """The embedded default.
+class _BoundCall:
+    """A session with everything bound."""
 
-    Raises:
-        BadModel: files missing, corrupt, or not the model that export verified (golden inputs are run at load).
-        SlowPath: the provider that was asked for is not what would run.
-    """
+    def __init__(self, session: Any, binding: Any, kept: list[Array]) -> None:
+        self._run, self._binding = session.run_with_iobinding, binding
+        self._kept = kept  # the binding knows addresses only
 
-    def __init__(self, model_dir: Path, options: Options | None = None, num_threads: int = 1) -> None:
-        options = options or Options()
-        digest = check_weights(require_model_dir(model_dir))
-        sizes = read_sizes(model_dir)
-        self._prefill = open_session(
-            model_dir / "prefill.onnx", num_threads, options.provider, options.allow_slow
-        )
-        self._step = open_session(model_dir / "step.onnx", num_threads, options.provider, options.allow_slow)
-        self._cache = KVCache(
-            sizes["num_layers"], sizes["num_heads"], sizes["head_width"], sizes["capacity"], sizes["feature_width"],
-            sizes["vocab_size"], options.max_step,
-        )  # fmt: skip
-        self._bindings: dict[int, Any] = {}
-        self._past_names = [i.name for i in self._step.get_inputs()][3:]
-        self._output_names = [o.name for o in self._step.get_outputs()]
-        self._info = EngineInfo(
-            "onnxruntime", digest, "fp32", self._step.get_providers()[0], has_tree_mask=True, has_inplace_kv=True,
-            is_batch_invariant=True,
-        )  # fmt: skip
-        self._check_golden(model_dir / "golden.npz")
+    def run(self) -> None:
+        """One forward."""
+        self._run(self._binding)
 
-    def prefill(self, inputs: EngineInputs) -> Scores:
-        """Start over. Returns one row, about the first token of the chunk."""
-        logits, features, rows = self._prefill.run(None, {k: inputs[k] for k in ("images", "words", "state")})
-        self._cache.begin(rows, features)
-        return Scores(logits, features[-1:])
 
-    def step(self, tokens: Int32, parents: Int32) -> Scores:
-        """Score n tokens on top of the committed ones."""
-        buffers = self._cache.prepare(tokens, parents)
-        binding = self._bindings.get(len(tokens))
-        if binding is None:
-            binding = self._bindings[len(tokens)] = self._bind(buffers)
-        self._step.run_with_iobinding(binding)
-        return Scores(buffers.logits, buffers.features)
+@final
+class OnnxRuntimeGraph:
+    """One session. Not thread-safe."""
 
-    def _bind(self, buffers: StepBuffers) -> Any:
-        """Tie the step graph to the cache and to these buffers, by address, once."""
-        binding = self._step.io_binding()
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.inputs: Mapping[str, TensorSpec] = {i.name: _spec(i) for i in session.get_inputs()}
+        self.outputs: Mapping[str, TensorSpec] = {o.name: _spec(o) for o in session.get_outputs()}
 
-        def tie(bind: Any, name: str, array: np.ndarray) -> None:
+    def tie(
+        self, arrays: Mapping[str, Array], state: State | None = None, state_names: Sequence[tuple[str, str]] = ()
+    ) -> _BoundCall:
+        """Bind host arrays and caches by address."""
+        binding, kept = self._session.io_binding(), list(arrays.values())
+
+        def bind(method: Any, name: str, array: Array) -> None:
             assert array.flags.c_contiguous, name
-            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            method(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-        for name, array in zip(("tokens", "position", "mask"), buffers[:3], strict=True):
-            tie(binding.bind_input, name, array)
-        for name, array in zip(self._past_names, self._cache.rows, strict=True):
-            tie(binding.bind_input, name, array)
-        outputs = (buffers.logits, buffers.features, *buffers.rows)
-        for name, array in zip(self._output_names, outputs, strict=True):
-            tie(binding.bind_output, name, array)
-        return binding
-
-    def _check_golden(self, path: Path) -> None:
-        """Run the golden inputs through prefill, a chain and a tree, against what the reference computed."""
-        if not path.is_file():
-            raise BadModel(f"{path}: missing; `vla-spec export` writes it")
-        with np.load(path, allow_pickle=False) as golden:
-            got = [self.prefill({k: golden[k] for k in ("images", "words", "state")}).logits.copy()]
-            for name in ("chain", "tree"):
-                got.append(self.step(golden[f"{name}_tokens"], golden[f"{name}_parents"]).logits.copy())
-            worst = max(
-                float(np.abs(g - golden[f"{name}_logits"]).max())
-                for g, name in zip(got, ("prefill", "chain", "tree"), strict=True)
-            )
-        if not worst <= GOLDEN_TOLERANCE:
-            raise BadModel(
-                f"{path.parent}: golden inputs give logits {worst:.2g} away from the reference, at most "
-                f"{GOLDEN_TOLERANCE} is accepted; the graphs and the weights don't belong together"
-            )
+        for name, array in arrays.items():
+            bind(binding.bind_input if name in self.inputs else binding.bind_output, name, array)
+        if state is not None:
+            assert isinstance(state, HostState)
+            kept.append(state.tensors)
+            for tensor, (past, present) in zip(state.tensors, state_names, strict=True):
+                bind(binding.bind_input, past, tensor)
+                bind(binding.bind_output, present, tensor)
+        return _BoundCall(self._session, binding, kept)
 
 
-def build(options: Options, parts: Parts) -> OnnxRuntimeEngine:
+@final
+class OnnxRuntimeRuntime:
+    """ONNX Runtime on host memory."""
+
+    name, precision, is_batch_invariant = "onnxruntime", "fp32", True
+    tiers: tuple[int, ...] | None = None
+
+    def __init__(self, num_threads: int = 1, provider: str = CPU, allow_slow: bool = False) -> None:
+        self._num_threads, self._wanted, self._allow_slow = num_threads, provider, allow_slow
+        self.provider = provider
+
+    def open(self, file: Path) -> OnnxRuntimeGraph:
+        """A session of its own."""
+        session = open_session(file, self._num_threads, self._wanted, self._allow_slow)
+        self.provider = session.get_providers()[0]
+        return OnnxRuntimeGraph(session)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Zeroed numpy memory."""
+        return np.zeros(shape, dtype)
+
+    def state(self, shape: tuple[int, ...]) -> HostState:
+        """Zeroed caches."""
+        return HostState(shape)
+
+
+def _spec(value: Any) -> TensorSpec:
+    shape = tuple(d if isinstance(d, int) else None for d in value.shape)
+    return TensorSpec(np.dtype(_TYPES[value.type]), shape)
+
+
+def build(options: Options, parts: Parts) -> GraphEngine:
     """From configuration."""
-    return OnnxRuntimeEngine(require_model_dir(parts.model_dir), options, parts.num_threads)
+    runtime = OnnxRuntimeRuntime(parts.num_threads, options.provider, options.allow_slow)
+    return GraphEngine(require_model_dir(parts.model_dir), runtime, options.max_step)

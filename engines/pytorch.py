@@ -1,20 +1,24 @@
-"""Score tokens with PyTorch: the reference that other engines are checked against. Not thread-safe."""
+"""Score tokens with PyTorch: the reference that other engines are checked against. Not thread-safe.
+
+It runs the networks as they were trained, not the exported graphs, so it checks those as well.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import numpy.typing as npt
 
-from vla_spec.engines._cached_engine import CachedEngine
-from vla_spec.engines._kv_cache import KVCache
-from vla_spec.engines._model_files import check_weights, read_sizes
-from vla_spec.errors import MissingDependency
-from vla_spec.interfaces import EngineInfo
+from vla_spec.engines._graph_engine import GraphEngine
+from vla_spec.engines._graph_runtime import Array, State, TensorSpec
+from vla_spec.engines._host_state import HostState
+from vla_spec.engines._model_files import WEIGHTS, require_model_dir
+from vla_spec.errors import BadModel, MissingDependency
 from vla_spec.plugins import Parts
-from vla_spec.types import EngineInputs, Int32, Scores
 
 
 @dataclass(frozen=True)
@@ -25,59 +29,92 @@ class Options:
 
 
 @final
-class PyTorchEngine(CachedEngine):
-    """fp32, eager. Needs the extra ``[torch]``.
+class _TorchCall:
+    """A module with its buffers."""
+
+    def __init__(self, torch: Any, module: Any, inputs: list[Array], outputs: list[Array]) -> None:
+        self._torch, self._module = torch, module
+        self._inputs = [torch.from_numpy(array) for array in inputs]
+        self._outputs = [torch.from_numpy(array) for array in outputs]
+
+    def run(self) -> None:
+        """One forward."""
+        with self._torch.inference_mode():
+            for buffer, value in zip(self._outputs, self._module(*self._inputs), strict=True):
+                buffer.copy_(value)
+
+
+@final
+class TorchGraph:
+    """A torch module in the place of a graph: the same inputs in this order, and the cache, written in place."""
+
+    def __init__(
+        self, torch: Any, module: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    ) -> None:
+        self._torch, self._module = torch, module
+        self.inputs, self.outputs = inputs, outputs
+
+    def tie(
+        self, arrays: Mapping[str, Array], state: State | None = None, state_names: Sequence[tuple[str, str]] = ()
+    ) -> _TorchCall:
+        """Share memory with numpy arrays."""
+        inputs = [arrays[name] for name in self.inputs]
+        if state is not None:
+            assert isinstance(state, HostState)
+            inputs.append(state.tensors)
+        return _TorchCall(self._torch, self._module, inputs, [arrays[name] for name in self.outputs])
+
+
+@final
+class PyTorchRuntime:
+    """fp32, eager, on the CPU. Needs the extra ``[torch]``.
 
     Raises:
         MissingDependency: PyTorch is not installed.
-        BadModel: weights missing, incomplete or corrupt.
     """
 
-    def __init__(self, model_dir: Path, max_step: int = 32, num_threads: int = 1) -> None:
+    name, precision, provider, is_batch_invariant = "pytorch", "fp32", "cpu", True
+    tiers: tuple[int, ...] | None = None
+
+    def __init__(self, num_threads: int = 1) -> None:
         try:
             import torch
-
-            from vla_spec.engines.nets.graphs import Prefill, Step
-            from vla_spec.engines.nets.weights import load_model
         except ImportError as error:
             raise MissingDependency("PyTorch", "pip install 'vla_spec[torch]'") from error
         torch.set_num_threads(num_threads)
-        sizes = read_sizes(model_dir)
         self._torch: Any = torch
-        model = load_model(model_dir / "target.safetensors")
-        self._prefill, self._step = Prefill(model), Step(model)
-        self._cache = KVCache(
-            sizes["num_layers"], sizes["num_heads"], sizes["head_width"], sizes["capacity"], sizes["feature_width"],
-            sizes["vocab_size"], max_step,
-        )  # fmt: skip
-        self._info = EngineInfo(
-            "pytorch", check_weights(model_dir), "fp32", "cpu", has_tree_mask=True, has_inplace_kv=True,
-            is_batch_invariant=True,
-        )  # fmt: skip
+        self._models: dict[Path, Any] = {}
 
-    def prefill(self, inputs: EngineInputs) -> Scores:
-        """Start over. Returns one row, about the first token of the chunk."""
-        torch = self._torch
-        with torch.inference_mode():
-            tensors = [torch.from_numpy(np.ascontiguousarray(inputs[k])) for k in ("images", "words", "state")]
-            logits, features, rows = (t.numpy() for t in self._prefill(*tensors))
-        self._cache.begin(rows, features)
-        return Scores(logits, features[-1:])
+    def open(self, file: Path) -> TorchGraph:
+        """The network that the graph of this name was exported from.
 
-    def step(self, tokens: Int32, parents: Int32) -> Scores:
-        """Score n tokens on top of the committed ones."""
-        torch, buffers = self._torch, self._cache.prepare(tokens, parents)
-        with torch.inference_mode():
-            inputs = [torch.from_numpy(a) for a in (buffers.tokens, buffers.position, buffers.mask)]
-            logits, features, *rows = self._step(*inputs, *(torch.from_numpy(r) for r in self._cache.rows))
-        buffers.logits[:], buffers.features[:] = logits.numpy(), features.numpy()
-        for row, new in zip(buffers.rows, rows, strict=True):
-            row[:] = new.numpy()
-        return Scores(buffers.logits, buffers.features)
+        Raises:
+            BadModel: weights missing, incomplete or corrupt; or there is no such network.
+        """
+        from vla_spec.engines.nets.graphs import reference_module
+        from vla_spec.engines.nets.weights import load_model
+
+        weights = file.parent / WEIGHTS
+        if weights not in self._models:
+            self._models[weights] = load_model(weights)
+        module, inputs, outputs = reference_module(file.stem, self._models[weights])
+        if module is None:
+            raise BadModel(f"{file}: the PyTorch engine has no network of this name")
+        return TorchGraph(self._torch, module, _specs(inputs), _specs(outputs))
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Zeroed numpy memory."""
+        return np.zeros(shape, dtype)
+
+    def state(self, shape: tuple[int, ...]) -> HostState:
+        """Zeroed caches."""
+        return HostState(shape)
 
 
-def build(options: Options, parts: Parts) -> PyTorchEngine:
+def _specs(named: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> Mapping[str, TensorSpec]:
+    return {name: TensorSpec(np.dtype(kind), shape) for name, (kind, shape) in named.items()}
+
+
+def build(options: Options, parts: Parts) -> GraphEngine:
     """From configuration."""
-    from vla_spec.engines._model_files import require_model_dir
-
-    return PyTorchEngine(require_model_dir(parts.model_dir), options.max_step, parts.num_threads)
+    return GraphEngine(require_model_dir(parts.model_dir), PyTorchRuntime(parts.num_threads), options.max_step)

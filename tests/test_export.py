@@ -11,14 +11,15 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from vla_spec.engines import export  # noqa: E402
-from vla_spec.engines._model_files import check_weights  # noqa: E402
+from vla_spec.engines._graph_engine import GraphEngine  # noqa: E402
+from vla_spec.engines._model_files import ModelFiles  # noqa: E402
 from vla_spec.engines.nets.block_head import BlockHead  # noqa: E402
 from vla_spec.engines.nets.feature_head import FeatureHead  # noqa: E402
 from vla_spec.engines.nets.head_config import HeadConfig  # noqa: E402
 from vla_spec.engines.nets.vla import VLA, VLAConfig  # noqa: E402
 from vla_spec.engines.nets.weights import load_policy, read_weights, save_half  # noqa: E402
-from vla_spec.engines.onnxruntime import OnnxRuntimeEngine  # noqa: E402
-from vla_spec.engines.pytorch import PyTorchEngine  # noqa: E402
+from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime  # noqa: E402
+from vla_spec.engines.pytorch import PyTorchRuntime  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(9)]
 TINY = VLAConfig(
@@ -27,7 +28,7 @@ TINY = VLAConfig(
 )  # fmt: skip
 HEAD_SIZES = HeadConfig.for_target(TINY, 64)
 FILES = {
-    "policy.json", "engine.json", "target.safetensors", "prefill.onnx", "step.onnx", "golden.npz",
+    "policy.json", "engine.json", "target.safetensors", "prompt.onnx", "decoder.onnx", "commit.onnx", "golden.npz",
     "block_head.safetensors", "block_head.onnx", "feature_head.safetensors", "feature_head.onnx",
 }  # fmt: skip
 
@@ -89,8 +90,8 @@ def test_weights_that_the_library_wrote_by_itself_are_read_as_well(model, tmp_pa
 
 def test_engines_load_what_was_written_and_agree(model):
     """Loading ONNX Runtime's runs the golden inputs that PyTorch answered."""
-    ours, reference = OnnxRuntimeEngine(model), PyTorchEngine(model)
-    assert ours.info.model_hash == reference.info.model_hash == check_weights(model)
+    ours, reference = GraphEngine(model, OnnxRuntimeRuntime()), GraphEngine(model, PyTorchRuntime())
+    assert ours.info.model_hash == reference.info.model_hash == ModelFiles.open(model).weights_sha256
     assert ours.max_step == reference.max_step == 32
     with np.load(model / "golden.npz", allow_pickle=False) as golden:
         inputs = {name: golden[name] for name in ("images", "words", "state")}

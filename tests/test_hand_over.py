@@ -137,7 +137,7 @@ def test_trouble_at_the_prefix_is_a_value():
 def shipped():
     """Adapter and parts of the shipped policy."""
     pytest.importorskip("onnxruntime", reason="needs the extra [run]")
-    if not (MODEL / "step.onnx").exists():
+    if not (MODEL / "decoder.onnx").exists():
         pytest.skip("needs the shipped weights")
     from vla_spec.adapters import vla
 

@@ -103,7 +103,7 @@ def test_the_block_head_needs_far_fewer_forwards_than_tokens(shipped, inputs):
 
 
 def copy_model(folder):
-    for name in ("policy.json", "engine.json", "target.safetensors", "prefill.onnx", "step.onnx", "golden.npz"):
+    for name in ("policy.json", "engine.json", "target.safetensors", "prompt.onnx", "decoder.onnx", "golden.npz"):
         shutil.copy(MODEL / name, folder / name)
     return folder
 
@@ -124,8 +124,8 @@ def test_corrupt_weights_are_refused(tmp_path):
 
 def test_missing_files_are_named(tmp_path):
     folder = copy_model(tmp_path)
-    (folder / "step.onnx").unlink()
-    with pytest.raises(BadModel, match=r"step\.onnx"):
+    (folder / "decoder.onnx").unlink()
+    with pytest.raises(BadModel, match=r"decoder\.onnx"):
         build_engine(folder)
     (folder / "engine.json").unlink()
     with pytest.raises(BadModel, match=r"engine\.json missing"):
@@ -134,8 +134,8 @@ def test_missing_files_are_named(tmp_path):
 
 def test_a_truncated_graph_is_refused(tmp_path):
     folder = copy_model(tmp_path)
-    (folder / "step.onnx").write_bytes((folder / "step.onnx").read_bytes()[:5000])
-    with pytest.raises(BadModel, match=r"step\.onnx"):
+    (folder / "decoder.onnx").write_bytes((folder / "decoder.onnx").read_bytes()[:5000])
+    with pytest.raises(BadModel, match=r"decoder\.onnx"):
         build_engine(folder)
 
 
@@ -156,7 +156,7 @@ def test_another_provider_than_the_one_asked_for_is_refused():
 def test_a_graph_without_sizes_is_refused(tmp_path):
     folder = copy_model(tmp_path)
     sizes = json.loads((folder / "engine.json").read_text())
-    del sizes["capacity"]
+    del sizes["decoder"]["capacity"]
     (folder / "engine.json").write_text(json.dumps(sizes))
     with pytest.raises(BadModel, match="capacity"):
         build_engine(folder)

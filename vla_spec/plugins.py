@@ -30,7 +30,7 @@ FOLDERS = {
     "fault": "faults",
 }
 #: Modules in these folders that are tools and not plugins.
-NOT_PLUGINS = {"engines": {"export", "nets", "build", "verify", "cache"}}
+NOT_PLUGINS = {"engines": {"export", "nets", "graphs", "build", "verify", "cache"}}
 
 
 @dataclass(frozen=True, slots=True)

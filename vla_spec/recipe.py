@@ -191,10 +191,11 @@ def act_with(model_dir: Path) -> Callable[[Observation], Float32]:
     """An exported policy as a function: observation to actions float32 [H, A], plain greedy decoding, one thread."""
     from vla_spec import plugins
     from vla_spec.adapters import vla
-    from vla_spec.engines.onnxruntime import OnnxRuntimeEngine
+    from vla_spec.engines._graph_engine import GraphEngine
+    from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
 
     adapter = vla.load(model_dir)
-    engine = OnnxRuntimeEngine(model_dir)
+    engine = GraphEngine(model_dir, OnnxRuntimeRuntime())
     parts = plugins.Parts(adapter.domain, adapter.tokenizer, model_dir, engine)
 
     def part(kind: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What every engine runs, as graphs: prefill (prompt in, cache rows out), step (k tokens of a tree), drafters."""
+"""What engines run, as torch modules: prompt, decoder (the reference of the hand-written graph), drafters."""
 
 from __future__ import annotations
 
@@ -10,52 +10,68 @@ from vla_spec.engines.nets.feature_head import FeatureHead
 from vla_spec.engines.nets.vla import VLA
 
 
-class Prefill(nn.Module):
-    """images uint8 [1, cameras, s, s, 3], words int64 [1, w], state [1, s] -> logits [1, V], features [p, D], rows."""
+class Prompt(nn.Module):
+    """images uint8 [1, cameras, s, s, 3], words int64 [1, w], state [1, s] -> embeds [p, D]."""
 
     def __init__(self, model: VLA) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, words: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        model = self.model
-        prompt = model.embed_prompt(images, words, state)
-        length = model.config.prompt_length
-        x, features, rows = model.run_blocks(prompt, torch.zeros(length, length))
-        return model.head(x[:, -1]), features[0], torch.cat([r for row in rows for r in row])
+    def forward(self, images: Tensor, words: Tensor, state: Tensor) -> tuple[Tensor]:
+        return (self.model.embed_prompt(images, words, state)[0],)
 
 
-class Step(nn.Module):
-    """k tokens with a tree mask against a fixed-capacity cache.
+class Decoder(nn.Module):
+    """The layers over k rows and a cache that they write in place.
 
-    tokens, position int64 [k]; mask [k, capacity + k]; past: 2 * layers tensors [heads, capacity, head_width]
-    -> logits [k, V], features [k, D], then 2 * layers tensors [heads, k, head_width].
+    embeds [k, D], mask bool [1, 1, k, R], write_index int64 [1], cache [2 * layers, 1, heads, R, head_width]
+    -> logits [k, V], features [k, F].
     """
 
     def __init__(self, model: VLA) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, position: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        model = self.model
-        x = model.token(tokens) + model.position[position]  # [k, width]
-        rows: list[Tensor] = []
-        taps: list[Tensor] = []
-        third = len(model.blocks) // 3
+    def forward(self, embeds: Tensor, mask: Tensor, write_index: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        model, start, k = self.model, int(write_index), len(embeds)
+        blank = torch.where(mask, 0.0, -torch.inf)
+        x, taps, third = embeds, [], len(model.blocks) // 3
         for i, block in enumerate(model.blocks):
-            # Two-dimensional on purpose: a linear layer becomes one Gemm node instead of MatMul and Add.
-            qkv = block.qkv(block.norm1(x)).view(-1, 3, block.num_heads, block.head_width).permute(1, 2, 0, 3)
-            query, key, value = qkv[0], qkv[1], qkv[2]  # [heads, k, head_width]
-            rows += [key, value]
-            keys, values = torch.cat((past[2 * i], key), 1), torch.cat((past[2 * i + 1], value), 1)
-            scores = query @ keys.transpose(1, 2) * block.head_width**-0.5 + mask
-            mixed = (scores.softmax(-1) @ values).transpose(0, 1).reshape(-1, model.config.width)
-            x = x + block.out(mixed)
+            query, key, value = (
+                part.view(1, k, block.num_heads, block.head_width).transpose(1, 2)
+                for part in block.qkv(block.norm1(x)).chunk(3, -1)
+            )
+            cache[2 * i][:, :, start : start + k], cache[2 * i + 1][:, :, start : start + k] = key, value
+            scores = query @ cache[2 * i].transpose(2, 3) * block.head_width**-0.5 + blank
+            mixed = scores.softmax(-1) @ cache[2 * i + 1]
+            x = x + block.out(mixed.transpose(1, 2).reshape(k, -1))
             x = x + block.down(torch.nn.functional.gelu(block.up(block.norm2(x))))
             if i + 1 in (third, 2 * third):
                 taps.append(x)
         x = model.final_norm(x)
-        return model.head(x), torch.cat((*taps, x), -1), *rows
+        return model.head(x), torch.cat((*taps, x), -1)
+
+
+Named = dict[str, tuple[str, tuple[int | None, ...]]]
+
+
+def reference_module(name: str, model: VLA) -> tuple[nn.Module | None, Named, Named]:
+    """The network behind the graph ``<name>.onnx``, and its inputs and outputs (dtype, shape; None = dynamic)."""
+    c = model.config
+    if name == "prompt":
+        images = (1, c.num_cameras, c.image_size, c.image_size, 3)
+        inputs: Named = {
+            "images": ("uint8", images), "words": ("int64", (1, c.max_words)), "state": ("float32", (1, c.state_size)),
+        }  # fmt: skip
+        return Prompt(model), inputs, {"embeds": ("float32", (c.prompt_length, c.width))}
+    if name == "decoder":
+        inputs = {
+            "embeds": ("float32", (None, c.width)),
+            "mask": ("bool", (1, 1, None, None)), "write_index": ("int64", (1,)),
+        }  # fmt: skip
+        return Decoder(model), inputs, {"logits": ("float32", (None, c.num_bins)),
+            "features": ("float32", (None, c.feature_width))}  # fmt: skip
+    return None, {}, {}
 
 
 class BlockDraft(nn.Module):

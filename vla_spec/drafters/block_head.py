@@ -122,11 +122,11 @@ class BlockHeadDrafter:
 
 def build(options: Options, parts: Parts) -> BlockHeadDrafter:
     """From configuration; needs ``block_head.onnx`` in the model folder."""
-    from vla_spec.engines._model_files import read_sizes
+    from vla_spec.engines._model_files import ModelFiles
     from vla_spec.engines.onnxruntime import open_session
 
     if parts.model_dir is None:
         raise BadModel("drafter block_head needs a model folder; set `model:` in the configuration")
     session = open_session(parts.model_dir / "block_head.onnx", parts.num_threads)
-    sizes = read_sizes(parts.model_dir)
-    return BlockHeadDrafter(session, sizes["prompt_length"], parts.domain.num_tokens, options)
+    prompt_length = ModelFiles.describe(parts.model_dir).base_rows
+    return BlockHeadDrafter(session, prompt_length, parts.domain.num_tokens, options)

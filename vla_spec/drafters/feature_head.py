@@ -156,11 +156,11 @@ class FeatureHeadDrafter:
 
 def build(options: Options, parts: Parts) -> FeatureHeadDrafter:
     """From configuration; needs ``feature_head.onnx`` in the model folder."""
-    from vla_spec.engines._model_files import read_sizes
+    from vla_spec.engines._model_files import ModelFiles
     from vla_spec.engines.onnxruntime import open_session
 
     if parts.model_dir is None:
         raise BadModel("drafter feature_head needs a model folder; set `model:` in the configuration")
     session = open_session(parts.model_dir / "feature_head.onnx", parts.num_threads)
-    sizes = read_sizes(parts.model_dir)
-    return FeatureHeadDrafter(session, sizes["prompt_length"], parts.domain.num_tokens, options)
+    prompt_length = ModelFiles.describe(parts.model_dir).base_rows
+    return FeatureHeadDrafter(session, prompt_length, parts.domain.num_tokens, options)

@@ -78,9 +78,9 @@ class SmallModelDrafter:
 
 def build(options: Options, parts: Parts) -> SmallModelDrafter:
     """From configuration; needs the folder ``small`` inside the model folder."""
-    from vla_spec.engines.onnxruntime import OnnxRuntimeEngine
+    from vla_spec.engines._drafter_runtime import runtime_for
+    from vla_spec.engines._graph_engine import GraphEngine
 
     if parts.model_dir is None:
         raise BadModel("drafter small_model needs a model folder; set `model:` in the configuration")
-    engine = OnnxRuntimeEngine(parts.model_dir / FOLDER, num_threads=parts.num_threads)
-    return SmallModelDrafter(engine, options)
+    return SmallModelDrafter(GraphEngine(parts.model_dir / FOLDER, runtime_for(parts)), options)
