@@ -174,7 +174,8 @@ class VLA(nn.Module):
     def embed_prompt(self, images: Tensor, words: Tensor, state: Tensor) -> Tensor:
         """Prompt rows [n, p, width] of images uint8 [n, cameras, h, w, 3], words int64 [n, max_words], state [n, s]."""
         c, n = self.config, len(images)
-        pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() * (2 / 255) - 1
+        # To float first: TensorRT takes uint8 as an input, and then nothing but a cast.
+        pixels = images.float().flatten(0, 1).permute(0, 3, 1, 2) * (2 / 255) - 1
         maps = self.stem(pixels).reshape(n, c.num_cameras, -1)
         visual = [
             proj(norm(maps[:, i])).view(n, c.tokens_per_camera, c.width)
