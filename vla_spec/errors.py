@@ -59,6 +59,10 @@ class BadModel(VlaSpecError):
     """Weights or a graph that are missing, incomplete, corrupt or of another model."""
 
 
+class BadEngine(BadModel):
+    """A compiled engine that is missing, stale, corrupt, or of another device, version or model."""
+
+
 class SlowPath(VlaSpecError):
     """The library would run somewhere slower than what was asked for."""
 
