@@ -83,4 +83,5 @@ def build(options: Options, parts: Parts) -> SmallModelDrafter:
 
     if parts.model_dir is None:
         raise BadModel("drafter small_model needs a model folder; set `model:` in the configuration")
-    return SmallModelDrafter(GraphEngine(parts.model_dir / FOLDER, runtime_for(parts)), options)
+    folder = parts.model_dir / FOLDER
+    return SmallModelDrafter(GraphEngine(folder, runtime_for(parts, folder)), options)

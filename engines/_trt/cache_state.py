@@ -1,0 +1,91 @@
+"""Key-value caches in device memory: one allocation, and one copy per row that a tree commits, however many layers.
+
+All layers' keys and values lie behind each other, so row r of every head of every layer lies one pitch apart, and a
+strided copy moves it everywhere at once. A chain that is accepted from its root moves nothing at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import final
+
+from vla_spec.engines._trt.cuda import CopyKind
+from vla_spec.engines._trt.lane import Lane
+from vla_spec.engines._trt.memory import align
+from vla_spec.types import Int32
+
+
+@final
+class DeviceState:
+    """Cache tensors [n, 1, heads, R, head_width] on the device, each at a multiple of 256 bytes. Not thread-safe.
+
+    Args:
+        shape: of all tensors together.
+        itemsize: of one number. [bytes]
+        lane: whose order the copies keep, and who frees the memory.
+    """
+
+    def __init__(self, shape: tuple[int, ...], itemsize: int, lane: Lane) -> None:
+        n, one, self._num_heads, self._num_rows, width = shape
+        assert one == 1, shape
+        self._shape, self._lane = shape, lane
+        self.itemsize = itemsize
+        self._row_bytes = width * itemsize
+        self._pitch = self._num_rows * self._row_bytes  # from a head to the next
+        self._tensor_bytes = self._num_heads * self._pitch
+        self._stride = align(self._tensor_bytes)  # from a tensor to the next
+        self.size = n * self._stride
+        self._start = lane.allocate(self.size)
+        self.clear()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n, 1, heads, R, head_width]."""
+        return self._shape
+
+    @property
+    def addresses(self) -> list[int]:
+        """Device address of each tensor."""
+        return [self._start + i * self._stride for i in range(self._shape[0])]
+
+    def move(self, start: int, rows: Int32) -> None:
+        """Rows ``rows`` become rows start, start + 1, ...; in the stream's order, nobody waits."""
+        lane = self._lane
+        lane.enter()
+        # Without padding between tensors all heads of all tensors are one column of rows.
+        if self._stride == self._tensor_bytes:
+            columns, height = [self._start], self._shape[0] * self._num_heads
+        else:
+            columns, height = self.addresses, self._num_heads
+        for target, source, count in _runs(start, rows.tolist()):
+            for column in columns:
+                lane.cuda.copy_2d(
+                    column + target * self._row_bytes, self._pitch, column + source * self._row_bytes, self._pitch,
+                    count * self._row_bytes, height, CopyKind.DEVICE_TO_DEVICE, lane.stream,
+                )  # fmt: skip
+
+    def clear(self) -> None:
+        """All zeros; in the stream's order."""
+        self._lane.enter()
+        self._lane.cuda.fill(self._start, 0, self.size, self._lane.stream)
+
+
+def _runs(start: int, rows: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(target, source, count) of copies that move neighbours together; none overlaps itself, none is for nothing."""
+    i = 0
+    while i < len(rows):
+        target, source = start + i, rows[i]
+        assert source >= target, f"{rows=} {start=}"
+        count = 1
+        # A copy may be as long as source and target are apart: beyond that it would read what it has written.
+        while i + count < len(rows) and rows[i + count] == source + count and count < source - target:
+            count += 1
+        if source != target:
+            yield target, source, count
+        i += count
+
+
+def state_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Device memory that a `DeviceState` of this shape takes."""
+    return shape[0] * align(math.prod(shape[1:]) * itemsize)
