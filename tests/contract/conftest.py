@@ -8,7 +8,7 @@ import pytest
 
 from contract import fakes
 from vla_spec import plugins
-from vla_spec.errors import BadConfig, BadModel, MissingDependency
+from vla_spec.errors import BadConfig, BadModel, MissingDependency, NoDevice
 from vla_spec.plugins import Parts
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def _build_or_skip(kind, name):
         return _build(kind, name)
     try:
         return _build(kind, name)
-    except (MissingDependency, BadModel, BadConfig, ImportError) as error:
+    except (MissingDependency, NoDevice, BadModel, BadConfig, ImportError) as error:
         reason = f"{kind} {name}: {type(error).__name__}: {error}"
         print(reason)
         pytest.skip(reason)
