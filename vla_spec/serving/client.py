@@ -1,0 +1,523 @@
+"""A planner somewhere else, as the actor sees it: hand over an observation, look for the chunk, never wait.
+
+A thread of its own owns the socket. What goes wrong is a value: the actor sees `Link.PLANNER_GONE`, plays what it has,
+holds and comes to rest as it does without any planner; the thread keeps knocking, and once the server is back the next
+observation is planned, without a new client. Only `connect`, before anything moves, raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections import deque
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple, final
+
+import zmq
+import zmq.utils.monitor
+
+from vla_spec.clock import NS_PER_S, MonotonicClock, NowNs
+from vla_spec.errors import BadConfig, VlaSpecError
+from vla_spec.runtime import PlanRequest
+from vla_spec.serving.keys import ClientKeys
+from vla_spec.serving.network_time import NetworkTime
+from vla_spec.serving.wire import (
+    MAX_REPLY_BYTES,
+    MAX_TEXT_BYTES,
+    Answer,
+    Ask,
+    BadMessage,
+    Bye,
+    Hello,
+    Ping,
+    Pong,
+    Refused,
+    Request,
+    Sizes,
+    Unknown,
+    Welcome,
+    WrongVersion,
+    decode_reply,
+    encode,
+)
+from vla_spec.trace import PlanRecord
+from vla_spec.types import ActionChunk
+
+NS_PER_MS = 1_000_000
+#: Plans and timings that are kept for whoever wants to look.
+_KEPT = 100_000
+#: Most that a message may take of what is left, so that no deadline is so far in the future that it is refused [ns].
+_MOST_REMAINING_NS = 10**14
+_EVENTS = {
+    zmq.Event.CONNECT_RETRIED: "nobody listens there",
+    zmq.Event.HANDSHAKE_FAILED_AUTH: "the server does not know this client's key",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "no common protocol: keys on one side only, or another service",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed: wrong keys, or keys on one side only",
+    zmq.Event.DISCONNECTED: "the connection was closed",
+    zmq.Event.HANDSHAKE_SUCCEEDED: "connected, but no answer",
+}
+
+
+class PlannerGone(VlaSpecError):
+    """A planner that is needed now and does not answer, or does not fit."""
+
+    exit_code = 69  # as sysexits.h has it: unavailable
+
+
+class Link(Enum):
+    """How it stands between client and server."""
+
+    CONNECTING = "connecting"  # no welcome yet
+    READY = "ready"
+    PLANNER_GONE = "planner_gone"  # was there, and does not answer any more; the client keeps trying
+    REFUSED = "refused"  # does not fit, `RemotePlanner.trouble` says what; trying again is no use
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """How to connect, and how patient to be.
+
+    Attributes:
+        connect: ``tcp://HOST:PORT`` or ``ipc:///path``.
+        name: for the server's log.
+        heartbeat_ms: a silent connection is asked for a sign of life so often. [ms]
+        gone_after_ms: a question that was not answered for so long means that the server is gone. It is noticed
+            ``heartbeat_ms + gone_after_ms`` after the server's last answer, at the latest. Small: a slow network looks
+            like a dead server; large: the robot is told late, and holds when its chunk is used up. [ms]
+        retry_ms: time between two attempts to come back. [ms]
+    """
+
+    connect: str
+    name: str = ""
+    heartbeat_ms: float = 100.0
+    gone_after_ms: float = 300.0
+    retry_ms: float = 100.0
+
+    def __post_init__(self) -> None:
+        scheme, mark, rest = self.connect.partition("://")
+        if not mark or not rest or scheme not in ("tcp", "ipc"):
+            raise BadConfig(f"planner address {self.connect!r}; valid: tcp://HOST:PORT or ipc:///PATH")
+        for name in ("heartbeat_ms", "gone_after_ms", "retry_ms"):
+            if not getattr(self, name) > 0:
+                raise BadConfig(f"{name} is {getattr(self, name)}; valid: more than 0")
+
+
+class RemoteTiming(NamedTuple):
+    """Where the time of one answer went [ns]; durations only, each by one clock.
+
+    round_trip_ns: from `submit` to the chunk's arrival, by the client's clock. held_ns: the server's part, of which
+    queue_ns before planning began and plan_ns of planning. network_ns: the rest, messages' encoding included.
+    """
+
+    round_trip_ns: int
+    network_ns: int
+    held_ns: int
+    queue_ns: int
+    plan_ns: int
+
+
+class _Submitted(NamedTuple):
+    number: int
+    episode: int
+    request: PlanRequest
+    sent_ns: int
+
+
+class _Outcome(NamedTuple):
+    """chunk None = there is not going to be one."""
+
+    number: int
+    chunk: ActionChunk | None
+
+
+@final
+class RemotePlanner:
+    """The actor's end of a planner on a server; a `vla_spec.runtime.PlannerLink`.
+
+    `submit`, `poll`, `reset` and `wait` belong to the actor's thread. `poll` must be called now and then, as the actor
+    does each control step; nothing but `connect` and `wait` blocks.
+
+    A chunk's times are this side's: ``start_ns`` is when it was asked for, ``ready_ns`` when it arrived, so its slack
+    is what the actor has; `timings` say what the server did meanwhile.
+
+    Args:
+        options: where, and how patient.
+        hello: what the server has to fit; its name is taken from the options.
+        keys: CurveZMQ keys, if the server has any.
+        now_ns: the actor's clock.
+    """
+
+    def __init__(
+        self,
+        options: ClientOptions,
+        hello: Hello | None = None,
+        keys: ClientKeys | None = None,
+        now_ns: NowNs | None = None,
+    ) -> None:
+        self.options, self._keys, self._now_ns = options, keys, now_ns or MonotonicClock().now_ns
+        self._hello = replace(hello or Hello(), client=options.name)
+        #: From submit until the chunk was polled or is known not to come, and always while the server is not there:
+        #: then nothing is asked for, and the actor need not draw pictures for nobody. Written by the actor only.
+        self.is_busy = True
+        #: One entry per chunk that arrived, times as in the chunk.
+        self.records: deque[PlanRecord] = deque(maxlen=_KEPT)
+        self.timings: deque[RemoteTiming] = deque(maxlen=_KEPT)
+        #: How often the server was lost; observations without a chunk: lost on the way or with the server, overtaken
+        #: by a newer one, too large for the protocol; messages of the server that were refused.
+        self.num_gone = self.num_lost = self.num_overtaken = self.num_unsent = self.num_bad = 0
+        #: What is known about why there is no connection, for people; empty = nothing is wrong.
+        self.trouble = ""
+        #: What serves; None before the first welcome.
+        self.welcome: Welcome | None = None
+        self.link = Link.CONNECTING
+        self.network = NetworkTime()
+        self._outbox: queue.SimpleQueue[_Submitted] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        self._held: ActionChunk | None = None
+        self._is_waiting = False
+        self._number = self._episode = 0
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        # Of the socket's thread:
+        self._asked: _Submitted | None = None
+        self._ping_ns: int | None = None  # since when an answer is due; None = none is
+        self._heard_ns = self._knocked_ns = 0
+        self._is_probing = False
+        self._sizes: Sizes | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._wake_out, self._wake_in = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._wake_in.bind("inproc://submitted")
+        self._wake_out.connect("inproc://submitted")
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_in, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._run, name="vla_spec remote planner", daemon=True)
+        self._thread.start()
+
+    # --- the actor's thread ---
+
+    def connect(self, timeout_s: float = 5.0) -> Welcome:
+        """Wait for the server, before anything moves.
+
+        Raises:
+            PlannerGone: no answer in time, or one that says what does not fit.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.link in (Link.READY, Link.REFUSED), timeout_s)
+        if self.link is Link.REFUSED:
+            raise PlannerGone(f"planner at {self.options.connect}: {self.trouble}")
+        if self.link is not Link.READY or self.welcome is None:
+            why = self.trouble or "no answer"
+            raise PlannerGone(
+                f"planner at {self.options.connect}: not there within {timeout_s:g} s ({why}); "
+                "`vla-spec serve` starts one"
+            )
+        self.is_busy = False
+        return self.welcome
+
+    def wait_for(self, link: Link, timeout_s: float) -> bool:
+        """Block until it stands so; False = it did not come to that in time. For tests, and for waiting to start."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.link is link, timeout_s)
+
+    def reset(self) -> None:
+        """A new episode starts."""
+        self._episode += 1
+
+    def submit(self, request: PlanRequest) -> None:
+        """Hand over an observation. Before the last one's chunk came: this one takes its place."""
+        self._number += 1
+        self._is_waiting = self.is_busy = True
+        self._held = None
+        self._outbox.put(_Submitted(self._number, self._episode, request, self._now_ns()))
+        with contextlib.suppress(zmq.Again):  # then it is awake anyway
+            self._wake_out.send(b"", zmq.NOBLOCK)
+
+    def poll(self, now_ns: int) -> ActionChunk | None:
+        """The chunk for the last observation, if it arrived by ``now_ns``; never blocks."""
+        while self._take(self._outcomes.get_nowait):
+            pass
+        self.is_busy = self._is_waiting or self.link is not Link.READY
+        if self._held is None or self._held.ready_ns > now_ns:
+            return None
+        chunk, self._held, self._is_waiting = self._held, None, False
+        self.is_busy = self.link is not Link.READY
+        return chunk
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until the chunk for the last observation is there, for a world that waits too.
+
+        Returns:
+            False: it is not going to come, or did not in time.
+        """
+        deadline_ns = self._now_ns() + int(timeout_s * NS_PER_S)
+        while self._held is None and self._is_waiting:
+            left_s = (deadline_ns - self._now_ns()) / NS_PER_S
+            if left_s <= 0 or not self._take(lambda left=left_s: self._outcomes.get(timeout=left)):  # type: ignore[misc]
+                return False
+        return self._held is not None
+
+    def _take(self, get: object) -> bool:
+        """One outcome out of the mailbox; False = there is none."""
+        try:
+            outcome: _Outcome = get()  # type: ignore[operator]
+        except queue.Empty:
+            return False
+        if outcome.number == self._number:
+            self._held = outcome.chunk
+            self._is_waiting = outcome.chunk is not None
+        return True
+
+    def close(self) -> None:
+        """Say goodbye and end the thread."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        self._wake_out.send(b"")
+        self._thread.join()
+        self._wake_out.close(0)
+        self._context.term()
+
+    # --- the socket's thread ---
+
+    def _run(self) -> None:
+        self._open()
+        while not self._is_stopping:
+            self._poller.poll(self._timeout_ms())
+            while self._receive():
+                pass
+            self._watch()
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    self._wake_in.recv(zmq.NOBLOCK)
+            self._send_newest()
+            self._tend(self._now_ns())
+        if self.link is Link.READY:
+            self._send(Bye())
+        self._close(linger_ms=200)
+        self._wake_in.close(0)
+
+    def _open(self) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a server that is not there
+        socket.setsockopt(zmq.SNDHWM, 8)
+        socket.setsockopt(zmq.RCVHWM, 64)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY_BYTES)
+        socket.setsockopt(zmq.RECONNECT_IVL, max(1, int(self.options.retry_ms / 2)))
+        socket.setsockopt(zmq.IPV6, int("[" in self.options.connect))
+        if self._keys is not None:
+            socket.setsockopt(zmq.CURVE_SERVERKEY, self._keys.server)
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.own.public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.own.secret)
+        self._monitor = socket.get_monitor_socket(sum(_EVENTS))
+        try:
+            socket.connect(self.options.connect)
+        except zmq.ZMQError as error:
+            self._settle(Link.REFUSED, f"not an address that can be connected to ({error.strerror})")
+        self._socket = socket
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def _close(self, linger_ms: int = 0) -> None:
+        self._poller.unregister(self._socket)
+        self._poller.unregister(self._monitor)
+        self._socket.disable_monitor()
+        self._socket.close(linger_ms)
+
+    def _timeout_ms(self) -> int:
+        if self.link is Link.REFUSED:
+            return 1000
+        return max(1, int(min(self.options.retry_ms, self.options.heartbeat_ms, self.options.gone_after_ms) / 2))
+
+    def _send(self, message: Request) -> bool:
+        """False: nobody is there to take it."""
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    def _send_newest(self) -> None:
+        newest = None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if newest is not None:
+                    self.num_overtaken += 1
+                newest = self._outbox.get_nowait()
+        if newest is None:
+            return
+        if self._asked is not None:
+            self.num_overtaken += 1
+        self._asked = newest
+        if self.link is not Link.READY or self._sizes is None:
+            self._lose()
+            return
+        seen, history = newest.request.observation, newest.request.history
+        if not _fits(newest.request, self._sizes):
+            # Another size than agreed about, or a sentence beyond the protocol's limit: the server would refuse it.
+            self.num_unsent += 1
+            self._lose()
+            return
+        ask = Ask(
+            id=newest.number,
+            episode=newest.episode,
+            remaining_ns=min(newest.request.deadline_ns - newest.sent_ns, _MOST_REMAINING_NS),
+            network_ns=self.network.expected_ns,
+            observation=seen,
+            history=history,
+        )
+        if not self._send(ask):
+            self._lose()
+        elif self._ping_ns is None:
+            # The answer to a request may take its time; the ping behind it may not.
+            self._ask_for_life(self._now_ns())
+
+    def _receive(self) -> bool:
+        """Handle one message; False = there is none."""
+        try:
+            frame = self._socket.recv(zmq.NOBLOCK)
+            is_more = self._socket.getsockopt(zmq.RCVMORE)
+            while self._socket.getsockopt(zmq.RCVMORE):
+                self._socket.recv(zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        now_ns = self._now_ns()
+        try:
+            if is_more:
+                raise BadMessage("message of several frames; valid: one")
+            reply = decode_reply(frame, self._sizes)
+        except WrongVersion as error:
+            self.num_bad += 1
+            self._settle(Link.REFUSED, f"speaks another {error}")
+            return True
+        except BadMessage as error:
+            self.num_bad += 1
+            self.trouble = f"an answer makes no sense: {error}"
+            return True
+        self._heard_ns = now_ns
+        if isinstance(reply, Pong):
+            self._hear_pong(reply, now_ns)
+        elif isinstance(reply, Answer):
+            self._hear_answer(reply, now_ns)
+        elif isinstance(reply, Welcome):
+            self._hear_welcome(reply, now_ns)
+        elif isinstance(reply, Refused):
+            self.trouble = reply.message
+            self._lose()
+            if reply.is_final:
+                self._settle(Link.REFUSED, reply.message)
+        elif isinstance(reply, Unknown):
+            if self.link is Link.READY:  # restarted faster than it was missed
+                self._go("the server was restarted")
+        else:
+            self._go("the server said goodbye")
+        return True
+
+    def _hear_welcome(self, welcome: Welcome, now_ns: int) -> None:
+        if self.link is Link.READY or self._is_probing:
+            return  # the answer to a second knock
+        self.welcome, self._sizes = welcome, welcome.sizes
+        # From now on only the same will do: the actor's buffers were made for it.
+        self._hello = replace(
+            self._hello, model_hash=welcome.model_hash, image_shape=welcome.sizes.image_shape,
+            state_size=welcome.sizes.state_size, action_size=welcome.sizes.action_size,
+        )  # fmt: skip
+        self.network.forget()
+        self._is_probing = True
+        size = welcome.sizes.max_request_bytes - MAX_TEXT_BYTES
+        self._ping_ns = now_ns
+        self._send(Ping(now_ns, size))  # as long as a request, so that the first deadline is right already
+
+    def _hear_pong(self, pong: Pong, now_ns: int) -> None:
+        self._ping_ns = None
+        if self._is_probing:
+            self._is_probing = False
+            self.network.record(now_ns - pong.sent_ns, 0)
+            self._settle(Link.READY, "")
+
+    def _hear_answer(self, answer: Answer, now_ns: int) -> None:
+        asked = self._asked
+        if asked is None or answer.id != asked.number or answer.chunk is None or answer.record is None:
+            return  # about an observation that is no longer waited for
+        self._asked = None
+        round_trip_ns = now_ns - asked.sent_ns
+        network_ns = self.network.record(round_trip_ns, answer.held_ns)
+        plan_ns = answer.chunk.ready_ns - answer.chunk.start_ns
+        self.timings.append(RemoteTiming(round_trip_ns, network_ns, answer.held_ns, answer.queue_ns, plan_ns))
+        seen = asked.request.observation
+        times = {"start_ns": asked.sent_ns, "ready_ns": now_ns, "deadline_ns": asked.request.deadline_ns}
+        chunk = replace(
+            answer.chunk, **times, instruction=seen.instruction, observation_stamp_ns=seen.stamp_ns,
+            observation_step=seen.step,
+        )  # fmt: skip
+        self.records.append(
+            answer.record._replace(**times, observation_stamp_ns=seen.stamp_ns, observation_step=seen.step)
+        )
+        self._outcomes.put(_Outcome(asked.number, chunk))
+
+    def _watch(self) -> None:
+        """What the transport has to say about a connection that does not come."""
+        with contextlib.suppress(zmq.ZMQError):
+            while self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                event = zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.NOBLOCK)
+                if self.link in (Link.CONNECTING, Link.PLANNER_GONE):
+                    said = _EVENTS.get(zmq.Event(event["event"]), "")
+                    is_about_keys = "handshake" in self.trouble or "key" in self.trouble
+                    if said and not (is_about_keys and event["event"] in (zmq.EVENT_DISCONNECTED, 0)):
+                        self.trouble = said
+
+    def _tend(self, now_ns: int) -> None:
+        """Knock, ask for a sign of life, notice that there is none."""
+        options = self.options
+        if self.link is Link.REFUSED:
+            return
+        if self._ping_ns is not None and now_ns - self._ping_ns > options.gone_after_ms * NS_PER_MS:
+            self._go(f"no sign of life for {options.gone_after_ms:g} ms")
+        if self.link is Link.READY:
+            if self._ping_ns is None and now_ns - self._heard_ns > options.heartbeat_ms * NS_PER_MS:
+                self._ask_for_life(now_ns)
+            asked = self._asked
+            if asked is not None and now_ns - asked.request.deadline_ns > 2 * options.gone_after_ms * NS_PER_MS:
+                self._lose()  # the server lives, and yet: it may have refused what it could not read
+        elif not self._is_probing and now_ns - self._knocked_ns > options.retry_ms * NS_PER_MS:
+            self._knocked_ns = now_ns
+            self._send(self._hello)
+
+    def _ask_for_life(self, now_ns: int) -> None:
+        self._ping_ns = now_ns
+        self._send(Ping(now_ns))
+
+    def _go(self, why: str) -> None:
+        """The server is gone: forget the connection with all that is under way in it, and knock again."""
+        was_ready = self.link is Link.READY
+        self._lose()
+        self._ping_ns, self._is_probing = None, False
+        self._close()
+        self._open()
+        self._knocked_ns = self._now_ns()
+        if was_ready:
+            self.num_gone += 1
+            self._settle(Link.PLANNER_GONE, why)
+
+    def _lose(self) -> None:
+        """The observation in hand is not going to be answered."""
+        if self._asked is not None:
+            self.num_lost += 1
+            self._outcomes.put(_Outcome(self._asked.number, None))
+            self._asked = None
+
+    def _settle(self, link: Link, trouble: str) -> None:
+        with self._changed:
+            self.link, self.trouble = link, trouble
+            self._changed.notify_all()
+
+
+def _fits(request: PlanRequest, sizes: Sizes) -> bool:
+    """The server would take it."""
+    seen, history = request.observation, request.history
+    is_whole = seen.images.shape == sizes.image_shape and seen.images.dtype.str == "|u1"
+    is_whole = is_whole and seen.state.shape == (sizes.state_size,) and seen.step >= 0
+    if history is not None:
+        is_whole = is_whole and len(history.tokens) <= sizes.num_tokens
+    return is_whole and len(seen.instruction.encode()) <= MAX_TEXT_BYTES
