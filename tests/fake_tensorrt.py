@@ -347,3 +347,47 @@ def build_fake(model_dir, folder, spec, tiers, precision="fp32", **more):
         ]
         (folder / f"{file.stem}.plan").write_bytes(fake_plan(file, profiles, **more))
     return FakePlans(folder, precision, tuple(tiers))
+
+
+def double_builds(monkeypatch, trt, workspace):
+    """From here on `vla_spec.engines.build` builds plans for the double: everything but the compiler is real.
+
+    Args:
+        monkeypatch: pytest's.
+        trt: a `FakeTensorRT`.
+        workspace: where prepared graphs go; the double runs exactly those, in half precision.
+    """
+    from vla_spec.engines import build, cache
+
+    def build_graph(library, name, graph, sizes, options):
+        folder = workspace / graph.source.parent.name / options.precision
+        profiles = [
+            {
+                tensor: tuple(tuple(profile[d][i] if isinstance(d, str) else d for d in shape) for i in range(3))
+                for tensor, shape in graph.shapes.items()
+            }
+            for profile in sizes
+        ]
+        plan = fake_plan(runnable(graph, folder), profiles, sm=options.builder.capabilities[0])
+        return cache.Plan(plan, 0.5, False, {"kernels": {options.precision: 1}})
+
+    monkeypatch.setattr(build, "open_library", lambda backend: trt.library())
+    monkeypatch.setattr(build, "build_graph", build_graph)
+
+
+def runnable(graph, folder):
+    """A prepared graph as a file that ONNX Runtime takes: weights beside it, node names unique."""
+    import shutil
+
+    import onnx
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "target.safetensors"
+    if not weights.exists():
+        shutil.copy(graph.source.parent / weights.name, weights)  # onnx takes no links
+    model = onnx.load_model_from_string(graph.model)
+    for i, node in enumerate(model.graph.node):
+        node.name = f"{i}.{node.name}"
+    file = folder / f"{graph.name}.onnx"
+    file.write_bytes(model.SerializeToString())
+    return file
