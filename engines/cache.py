@@ -1,9 +1,10 @@
 """Compiled engines on disk: a folder per key, a manifest beside the plans, whole or not there.
 
 ``<cache>/<key>/manifest.json`` says what was built from what, with what and for what (`Identity`); the key is the
-sha256 of exactly that. Plans stand beside it, ``<graph>.plan``. An engine is built into a folder with another
-name and takes its place by one rename; builders of the same key take turns. Nothing is believed on load: key, identity, sizes and
-hashes are checked again, and what does not fit is refused in one sentence. See docs/decisions/0022-engine-cache.md.
+sha256 of exactly that. Plans stand beside it, ``<graph>.plan``. An engine is built into a folder with another name
+and takes its place by one rename; builders of the same key take turns. Nothing is believed on load: key, identity,
+sizes and hashes are checked again, and what does not fit is refused in one sentence. See
+docs/decisions/0022-engine-cache.md.
 """
 
 from __future__ import annotations
