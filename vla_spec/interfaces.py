@@ -207,6 +207,9 @@ class Adapter(Protocol):
     def decode(self, tokens: Int32) -> Float32:
         """Tokens -> actions [h, A] in the robot's units."""
 
+    def example(self) -> Observation:
+        """Some observation that is valid, for warm-up and for tests."""
+
 
 @runtime_checkable
 class Robot(Protocol):

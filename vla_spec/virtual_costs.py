@@ -187,3 +187,7 @@ class ChargedAdapter:
         actions = self.adapter.decode(tokens)
         self._clock.advance(self._decode.draw_ns(self._rng))
         return actions
+
+    def example(self) -> Observation:
+        """The wrapped adapter's; free."""
+        return self.adapter.example()

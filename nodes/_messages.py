@@ -1,0 +1,222 @@
+"""All message code: pictures, joint states, chunks. Checks what it reads; raises `BadObservation`, never anything else.
+
+A chunk goes out twice with the same stamp: as `JointTrajectory`, which any controller plays, and as a JSON line that
+says where its numbers came from (docs/ros.md has the keys). Standard messages only, so nothing has to be built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, MultiArrayDimension, String
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from vla_spec.clock import NS_PER_S
+from vla_spec.errors import BadObservation, MissingDependency
+from vla_spec.nodes._action_layout import ActionLayout
+from vla_spec.types import ActionChunk, Float32, Provenance, Rung, UInt8
+
+#: Encoding -> channels and where red, green and blue are; one channel is grey.
+ENCODINGS: dict[str, tuple[int, tuple[int, int, int]]] = {
+    "rgb8": (3, (0, 1, 2)), "bgr8": (3, (2, 1, 0)), "rgba8": (4, (0, 1, 2)), "bgra8": (4, (2, 1, 0)),
+    "mono8": (1, (0, 0, 0)), "8UC3": (3, (2, 1, 0)),
+}  # fmt: skip
+#: A picture is refused beyond this, before anything is allocated for it.
+MAX_PIXELS = 64_000_000
+
+
+def stamp_ns(stamp: Time) -> int:
+    """A message's time [ns]."""
+    return int(stamp.sec) * NS_PER_S + int(stamp.nanosec)
+
+
+def to_stamp(time_ns: int) -> Time:
+    """The inverse of `stamp_ns`."""
+    return Time(sec=time_ns // NS_PER_S, nanosec=time_ns % NS_PER_S)
+
+
+def read_image(message: Image) -> UInt8:
+    """uint8 [h, w, 3], red first; a view of the message where its layout allows.
+
+    Raises:
+        BadObservation: another encoding, or sizes that contradict each other.
+    """
+    if message.encoding not in ENCODINGS:
+        raise BadObservation("image encoding", repr(message.encoding), ", ".join(ENCODINGS))
+    channels, order = ENCODINGS[message.encoding]
+    height, width, row = int(message.height), int(message.width), int(message.step)
+    if not 0 < height * width <= MAX_PIXELS or row < width * channels or len(message.data) != row * height:
+        found = f"{width} x {height}, step {row}, {len(message.data)} bytes"
+        raise BadObservation("image", found, f"step of {width * channels} or more, step * height bytes")
+    pixels = np.frombuffer(message.data, np.uint8).reshape(height, row)[:, : width * channels]
+    pixels = pixels.reshape(height, width, channels)
+    return pixels if order == (0, 1, 2) and channels == 3 else np.ascontiguousarray(pixels[:, :, order])
+
+
+def read_compressed(message: CompressedImage) -> UInt8:
+    """The same of a JPEG or PNG.
+
+    Raises:
+        BadObservation: not a picture.
+        MissingDependency: Pillow is not installed.
+    """
+    try:
+        import io
+
+        from PIL import Image as Picture
+    except ImportError as error:
+        raise MissingDependency("Pillow", "pip install 'vla_spec[report]'") from error
+    try:
+        with Picture.open(io.BytesIO(bytes(message.data)), formats=("JPEG", "PNG")) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels")
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadObservation("compressed image", str(error), "a JPEG or PNG") from error
+
+
+def write_image(pixels: UInt8, time_ns: int, frame: str) -> Image:
+    """A message of uint8 [h, w, 3]."""
+    height, width, _ = pixels.shape
+    message = Image(height=height, width=width, encoding="rgb8", step=3 * width)
+    message.header.stamp, message.header.frame_id = to_stamp(time_ns), frame
+    message.data = pixels.tobytes()  # bytes go in as they are; an array would be copied element by element
+    return message
+
+
+def read_joints(message: JointState, names: Sequence[str]) -> Float32:
+    """Positions of these joints, float32 [S], whatever the message's order.
+
+    Raises:
+        BadObservation: a joint is missing, or not a finite number.
+    """
+    if list(message.name) == list(names):
+        values = np.asarray(message.position, np.float32)
+    else:
+        places = {name: i for i, name in enumerate(message.name)}
+        missing = [name for name in names if name not in places]
+        if missing or len(message.position) < len(message.name):
+            found = f"{missing} missing" if missing else f"{len(message.position)} positions"
+            raise BadObservation("joint_states", found, f"positions of {', '.join(names)}")
+        values = np.array([message.position[places[name]] for name in names], np.float32)
+    if len(values) != len(names) or not np.isfinite(values).all():
+        raise BadObservation("joint_states", str(values.tolist()), f"{len(names)} finite positions")
+    return values
+
+
+def write_joints(names: Sequence[str], values: Float32, time_ns: int) -> JointState:
+    """A message with positions."""
+    message = JointState(name=list(names), position=[float(v) for v in values])
+    message.header.stamp = to_stamp(time_ns)
+    return message
+
+
+def write_chunk(
+    chunk: ActionChunk, layout: ActionLayout, start: Sequence[float] | None, frame: str = ""
+) -> tuple[JointTrajectory, String]:
+    """A chunk as trajectory and as provenance. Its observation stamp has to be on ROS's clock.
+
+    ``start``: joint positions at the observation.
+    """
+    positions, velocities = layout.to_joints(chunk.actions, start)
+    trajectory = JointTrajectory(joint_names=list(layout.joints))
+    trajectory.header.stamp, trajectory.header.frame_id = to_stamp(chunk.observation_stamp_ns), frame
+    for place, speed, time_s in zip(positions, velocities, layout.times_s(len(positions)), strict=True):
+        time_ns = round(time_s * NS_PER_S)
+        trajectory.points.append(
+            JointTrajectoryPoint(
+                positions=place.tolist(), velocities=speed.tolist(),
+                time_from_start=Duration(sec=time_ns // NS_PER_S, nanosec=time_ns % NS_PER_S),
+            )
+        )  # fmt: skip
+    info = {
+        "chunk_id": chunk.chunk_id,
+        "stamp_ns": chunk.observation_stamp_ns,
+        "rung": chunk.rung.name,
+        "provenance": chunk.provenance.tolist(),
+        "instruction": chunk.instruction,
+        "planning_ms": (chunk.ready_ns - chunk.start_ns) / 1e6,
+        "slack_ms": chunk.slack_ns / 1e6,
+        "max_deviation": chunk.max_deviation,
+        "num_tokens": len(chunk.tokens),
+    }
+    return trajectory, String(data=json.dumps(info))
+
+
+def read_chunk(trajectory: JointTrajectory, info: String | None, layout: ActionLayout, step: int) -> ActionChunk:
+    """The chunk of these messages, for control step ``step``. Without provenance it counts as drafted: bounded.
+
+    Raises:
+        BadObservation: other joints, rows of another length, times that are not the control period's, not finite.
+    """
+    if list(trajectory.joint_names) != list(layout.joints):
+        raise BadObservation("trajectory joints", str(list(trajectory.joint_names)), str(list(layout.joints)))
+    points, size = trajectory.points, layout.size
+    if not points or any(len(p.positions) != size or len(p.velocities) != size for p in points):
+        raise BadObservation("trajectory", f"{len(points)} points", f"points with {size} positions and velocities")
+    times = np.array([p.time_from_start.sec + p.time_from_start.nanosec / NS_PER_S for p in points])
+    if not np.allclose(times, layout.times_s(len(points)), rtol=0, atol=1e-6):
+        raise BadObservation("trajectory times", str(times[:3].tolist()), f"multiples of {layout.dt_s} s")
+    positions = np.array([p.positions for p in points], np.float64)
+    velocities = np.array([p.velocities for p in points], np.float64)
+    if not (np.isfinite(positions).all() and np.isfinite(velocities).all()):
+        raise BadObservation("trajectory", "not finite", "finite positions and velocities")
+    actions = layout.to_actions(positions, velocities)
+    known = {} if info is None else read_info(info)
+    provenance = np.full(actions.shape, Provenance.DRAFTED, np.uint8)
+    rung = Rung.DRAFT_TAIL
+    if known.get("stamp_ns") == stamp_ns(trajectory.header.stamp):
+        rows = np.array(known["provenance"], np.uint8)
+        if rows.shape != actions.shape or rows.max(initial=0) > max(Provenance):
+            raise BadObservation("trajectory_info", f"provenance {list(rows.shape)}", str(list(actions.shape)))
+        provenance, rung = rows, Rung[known["rung"]]
+    stamp = stamp_ns(trajectory.header.stamp)
+    return ActionChunk(
+        actions, provenance, rung, int(known.get("chunk_id", -1)), str(known.get("instruction", "")), stamp, step,
+        stamp, stamp, stamp, np.empty(0, np.int32), float(known.get("max_deviation", 0.0)),
+    )  # fmt: skip
+
+
+def read_info(message: String) -> dict[str, Any]:
+    """The provenance line.
+
+    Raises:
+        BadObservation: not a JSON object with the keys of `write_chunk`.
+    """
+    try:
+        known = json.loads(message.data)
+        Rung[known["rung"]]
+        if not isinstance(known["provenance"], list) or not isinstance(known["stamp_ns"], int):
+            raise TypeError("provenance or stamp_ns")
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadObservation("trajectory_info", repr(error)[:100], "JSON with rung, provenance, stamp_ns") from error
+    return dict(known)
+
+
+def write_actions(actions: Float32, joints: Sequence[str]) -> Float64MultiArray:
+    """Actions [h, A] or [A] as labelled numbers."""
+    rows = np.atleast_2d(actions)
+    message = Float64MultiArray(data=rows.reshape(-1).astype(float).tolist())
+    h, a = rows.shape
+    message.layout.dim = [
+        MultiArrayDimension(label="step", size=h, stride=h * a),
+        MultiArrayDimension(label=",".join(joints), size=a, stride=a),
+    ]
+    return message
+
+
+def read_action(message: Float64MultiArray, size: int) -> Float32:
+    """One action, float32 [A].
+
+    Raises:
+        BadObservation: another length, or not finite.
+    """
+    action = np.array(message.data, np.float32)
+    if action.shape != (size,) or not np.isfinite(action).all():
+        raise BadObservation("command", str(action.tolist())[:100], f"{size} finite numbers")
+    return action

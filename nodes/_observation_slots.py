@@ -1,0 +1,141 @@
+"""The newest picture of each camera, the newest state and the instruction; one observation out of them. No ROS in here.
+
+Callbacks put, the planning thread takes. Nothing queues: a newer message replaces the older one, and what was replaced,
+too old, or too far apart is counted. Thread-safe; nothing is copied under the lock but references.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from vla_spec.errors import BadConfig
+from vla_spec.types import Float32, Observation, UInt8
+
+
+@dataclass(slots=True)
+class SlotCounts:
+    """Window: since construction.
+
+    Attributes:
+        num_images, num_states: messages that came.
+        num_stale: looks at which a picture or the state was older than allowed.
+        num_skewed: looks at which cameras were further apart than allowed.
+        num_backwards: messages older than the one before from the same source.
+    """
+
+    num_images: int = 0
+    num_states: int = 0
+    num_stale: int = 0
+    num_skewed: int = 0
+    num_backwards: int = 0
+
+
+@final
+class ObservationSlots:
+    """See the module.
+
+    Args:
+        num_cameras: pictures of one observation, at least 1.
+        max_age_ns: an observation older than this is not planned for.
+        max_skew_ns: most time between the oldest and the newest picture of one observation.
+    """
+
+    def __init__(self, num_cameras: int, max_age_ns: int, max_skew_ns: int) -> None:
+        if num_cameras < 1 or max_age_ns <= 0 or max_skew_ns < 0:
+            raise BadConfig(
+                f"observation slots: {num_cameras} cameras, valid: 1 or more; max_age_ns {max_age_ns}, valid: more "
+                f"than 0; max_skew_ns {max_skew_ns}, valid: 0 or more"
+            )
+        self.counts = SlotCounts()
+        self._max_age_ns, self._max_skew_ns = max_age_ns, max_skew_ns
+        self._changed = threading.Condition()
+        self._images: list[tuple[UInt8, int] | None] = [None] * num_cameras
+        self._state: tuple[Float32, int] | None = None
+        self._instruction = ""
+        self._version = 0  # counts messages; a look that found nothing waits for the next
+
+    def put_image(self, camera: int, image: UInt8, stamp_ns: int) -> None:
+        """A picture, uint8 [h, w, 3]. The array now belongs to the slot."""
+        with self._changed:
+            before = self._images[camera]
+            self.counts.num_images += 1
+            if before is not None and stamp_ns < before[1]:
+                self.counts.num_backwards += 1
+                return
+            self._images[camera] = image, stamp_ns
+            self._notify()
+
+    def put_state(self, state: Float32, stamp_ns: int) -> None:
+        """Joint positions, float32 [S]."""
+        with self._changed:
+            self.counts.num_states += 1
+            if self._state is not None and stamp_ns < self._state[1]:
+                self.counts.num_backwards += 1
+                return
+            self._state = state, stamp_ns
+            self._notify()
+
+    def put_instruction(self, instruction: str) -> bool:
+        """Words to follow from now on. True if they differ from those before."""
+        with self._changed:
+            is_new, self._instruction = instruction != self._instruction, instruction
+            if is_new:
+                self._notify()
+            return is_new
+
+    @property
+    def instruction(self) -> str:
+        """The words to follow; empty = none came yet."""
+        return self._instruction
+
+    def clear(self) -> None:
+        """Forget pictures and state, not the instruction: time jumped, or an episode began."""
+        with self._changed:
+            self._images = [None] * len(self._images)
+            self._state = None
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        with self._changed:
+            self._notify()
+
+    def wait(self, version: int, timeout_s: float) -> int:
+        """Block until something came after ``version``, or the time is up. Returns the version now."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != version, timeout_s)
+            return self._version
+
+    def look(self, now_ns: int, not_before_ns: int, step: int) -> Observation | None:
+        """The newest whole observation, None if there is none that may be used (counted by reason).
+
+        Its stamp is that of its oldest picture.
+
+        Args:
+            now_ns: time now, on the clock of the stamps.
+            not_before_ns: pictures older than this are of no interest (not counted).
+            step: for the observation.
+        """
+        with self._changed:
+            images, state, instruction = list(self._images), self._state, self._instruction
+        if state is None or not instruction or any(image is None for image in images):
+            return None
+        known = [image for image in images if image is not None]
+        stamps = [stamp for _, stamp in known]
+        oldest = min(stamps)
+        if oldest < not_before_ns:
+            return None
+        if now_ns - min(oldest, state[1]) > self._max_age_ns:
+            self.counts.num_stale += 1
+            return None
+        if max(stamps) - oldest > self._max_skew_ns:
+            self.counts.num_skewed += 1
+            return None
+        return Observation(np.stack([image for image, _ in known]), state[0], instruction, oldest, step)
+
+    def _notify(self) -> None:
+        self._version += 1
+        self._changed.notify_all()
