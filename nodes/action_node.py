@@ -1,9 +1,9 @@
 """`action_node`: plays chunks at the control rate. Its own process; never waits for the planner; always has a command.
 
 Trajectories are aligned by their stamps and counted in control steps, as everywhere (`ChunkBuffer`): what the delay has
-used up is skipped, unverified rows are bounded, and when nothing is left the arm holds, then stops. Commands outside the
-limits are clamped; a chunk that is far outside is refused as a whole. The watchdog is on the steady clock whatever the
-node's time is.
+used up is skipped, unverified rows are bounded, and when nothing is left the arm holds, then stops. Commands outside
+the limits are clamped; a chunk that is far outside is refused as a whole. The watchdog is on the steady clock whatever
+the node's time is.
 """
 
 from __future__ import annotations
