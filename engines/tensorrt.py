@@ -17,10 +17,19 @@ from vla_spec.engines import cache
 from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines._model_files import GOLDEN, require_model_dir
 from vla_spec.engines._trt.cuda import Cuda, CudaBindings
+from vla_spec.engines._trt.graph import TensorRTGraph
 from vla_spec.engines._trt.library import MODULES, Library, open_library
 from vla_spec.engines._trt.runtime import ITEMSIZE, Plans, Running, TensorRTRuntime
-from vla_spec.errors import BadConfig, BadEngine, BadModel, MissingDependency
+from vla_spec.errors import BadConfig, BadEngine, BadModel, MissingDependency, SlowPath
 from vla_spec.plugins import Parts
+
+#: Types of tensors between kernels that count, and those that an engine of some precision may have.
+FLOATS = ("fp32", "fp16", "bf16", "int8", "fp8", "fp4")
+ALLOWED = {
+    "fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("bf16",), "int8": ("int8", "fp16"), "fp8": ("fp8", "fp16", "bf16"),
+}  # fmt: skip
+#: Norms, softmax, and inputs and outputs may be in single precision; not most of an engine.
+LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Options:
     device: number of the GPU.
     cuda_graphs: "always" (a size that can't be captured is an error), "if_possible", "never".
     wait: "spin": answers soonest, a core is busy meanwhile; "block": the host sleeps until the GPU is done.
+    allow_slow: take an engine most of whose kernels are not in its precision.
     priority, drafter_priority: "low", "normal" or "high": of the target's stream and of the one that drafters get.
     """
 
@@ -49,6 +59,7 @@ class Options:
     device: int = 0
     cuda_graphs: str = "always"
     wait: str = "spin"
+    allow_slow: bool = False
     priority: str = "high"
     drafter_priority: str = "low"
 
@@ -136,7 +147,7 @@ def load(model_dir: Path, options: Options, machine: Machine | None = None) -> G
         NoDevice: no GPU, or no driver.
         BadModel: no engine was built for this model and GPU, or it is damaged, or it does not compute the model.
         BadConfig: max_step is more than the engine was built for.
-        SlowPath: a size can't be captured.
+        SlowPath: a size can't be captured, or most kernels are in another precision.
         DeviceError: the GPU refuses, for lack of memory say. Nothing stays behind then.
     """
     model_dir = require_model_dir(model_dir)
@@ -145,6 +156,9 @@ def load(model_dir: Path, options: Options, machine: Machine | None = None) -> G
     runtime = TensorRTRuntime(model_dir, plans_of(machine, options), machine.library, machine.cuda, options.running)
     try:
         engine = GraphEngine(model_dir, runtime, _max_step(model_dir, options, runtime))
+        if not options.allow_slow:
+            for graph in runtime.graphs:
+                check_layers(graph, runtime.precision)
         warm_up(engine, model_dir)
     except BaseException:
         runtime.close()
@@ -163,6 +177,32 @@ def warm_up(engine: GraphEngine, model_dir: Path) -> None:
         size = min(tier, engine.max_step)
         engine.step(np.zeros(size, np.int32), np.arange(-1, size - 1, dtype=np.int32))
     engine.prefill(inputs)
+
+
+def check_layers(graph: TensorRTGraph, precision: str) -> float | None:
+    """Refuse an engine that fell back: TensorRT may choose another precision and not say so (TensorRT #4590).
+
+    Args:
+        graph: loaded, on its device.
+        precision: that its manifest says.
+
+    Returns:
+        Share of floating-point tensors between kernels that are in the precision; None = the engine does not tell.
+
+    Raises:
+        SlowPath: it is less than half.
+    """
+    formats = {kind: count for kind, count in graph.engine.inspect().formats.items() if kind in FLOATS}
+    if not formats:
+        return None
+    share = sum(formats.get(kind, 0) for kind in ALLOWED[precision]) / sum(formats.values())
+    if share < LEAST_SHARE:
+        found = ", ".join(f"{count} in {kind}" for kind, count in formats.items())
+        raise SlowPath(
+            f"{graph.name}: built for {precision}, but of the tensors between its kernels there are {found}: TensorRT "
+            f"fell back; build it again, with another precision maybe, or take it as it is with `allow_slow: true`"
+        )
+    return share
 
 
 def _max_step(model_dir: Path, options: Options, runtime: TensorRTRuntime) -> int:

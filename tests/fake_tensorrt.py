@@ -44,6 +44,10 @@ class EngineInvalidityDiagnostics(IntEnum):
     OLD_CUDA_RUNTIME, INSUFFICIENT_GPU_MEMORY, MALFORMED_ENGINE, CUDA_ERROR = 8, 16, 32, 64
 
 
+class LayerInformationFormat(Enum):
+    ONELINE, JSON = range(2)
+
+
 class CudaGraphStrategy(Enum):
     DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
 
@@ -81,6 +85,8 @@ class FakeTensorRT:
         self.refuse = set()  # names of calls that fail: "deserialize", "context", "enqueue", "enqueue while capturing"
         self.contexts, self.kernels = [], b"compiled"
         self.loaded_kernels = []
+        self.inspected = "Half"  # what the inspector calls the type of every tensor; None = built without details
+        self.LayerInformationFormat = LayerInformationFormat
         self.DataType, self.TensorIOMode = DataType, TensorIOMode
         self.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
         self.is_rtx = is_rtx
@@ -180,6 +186,9 @@ class FakeEngine:
         found = self.profiles[number].get(name)
         return [tuple(s) for s in found] if found else [tuple(self.get_tensor_shape(name))] * 3
 
+    def create_engine_inspector(self):
+        return FakeInspector(self.trt.inspected)
+
     def create_execution_context(self, wanted):
         strategy = wanted.strategy if self.trt.is_rtx else wanted
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
@@ -189,6 +198,19 @@ class FakeEngine:
         context = FakeRtxContext(self) if self.trt.is_rtx else FakeContext(self)
         self.trt.contexts.append(context)
         return context
+
+
+class FakeInspector:
+    """Two layers, as the real one tells of them, or their bare names."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def get_engine_information(self, wanted):
+        assert wanted is LayerInformationFormat.JSON
+        tensors = [{"Name": "x", "Format/Datatype": f"Row major linear {self.kind} format"}]
+        detailed = [{"Name": name, "Inputs": tensors, "Outputs": tensors} for name in ("a", "b")]
+        return json.dumps({"Layers": detailed if self.kind else ["a", "b"]})
 
 
 class FakeRuntimeConfig:

@@ -23,7 +23,7 @@ from vla_spec.engines import cache, tensorrt
 from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
 from vla_spec.engines.tensorrt import Machine, Options
-from vla_spec.errors import BadConfig, BadEngine, BadModel, MissingDependency
+from vla_spec.errors import BadConfig, BadEngine, BadModel, MissingDependency, SlowPath
 from vla_spec.plugins import Parts
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +176,18 @@ def test_a_plan_of_another_precision_than_its_manifest_says_is_refused(place, mo
     monkeypatch.setitem(runtime.ITEMSIZE, "fp16", 4)
     with pytest.raises(BadModel, match="another precision"):
         place.load()
+
+
+def test_an_engine_that_fell_back_to_single_precision_is_refused(place):
+    place.trt.inspected = "FP32"
+    with pytest.raises(SlowPath, match=r"built for fp16, but .* 4 in fp32: TensorRT fell back"):
+        place.load()
+    gc.collect()
+    assert place.cuda.live == {}
+    place.load(allow_slow=True).runtime.close()
+    place.trt.inspected = None  # built without details: it can't be told
+    engine = place.load()
+    assert all(tensorrt.check_layers(graph, "fp16") is None for graph in engine.runtime.graphs)
 
 
 def test_max_step_is_held_to_the_tiers(place):

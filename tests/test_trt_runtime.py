@@ -135,6 +135,51 @@ def test_committing_a_chain_costs_nothing_a_tree_one_copy_per_moved_run(plans, i
     assert cuda.done[1] == f"copy_2d {2 * width * 4}x{n * heads}"
 
 
+def test_a_step_writes_its_rows_and_a_commit_moves_rows_and_nothing_else(plans, inputs):
+    engine, _, _ = start(plans)
+    state = engine._state
+    state.clear()
+    engine.prefill(inputs)
+    start_ = engine.length
+    before = state.read()
+    assert before.shape == (*np.array(state.shape)[[0, 2, 3]], state.shape[-1] * 4)
+    engine.step(*TREE)
+    after = state.read()
+    changed = np.flatnonzero((before != after).any((0, 1, 3)))
+    assert changed.tolist() == list(range(start_, start_ + 8)), "six nodes, padded to eight"
+    engine.commit(PATH)
+    moved = state.read()
+    np.testing.assert_array_equal(moved[:, :, start_ : start_ + 4], after[:, :, start_ + PATH])
+    np.testing.assert_array_equal(moved[:, :, :start_], before[:, :, :start_])
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("rows", [5, 8])
+def test_rows_move_in_any_shape_as_numpy_would(heads, rows):
+    """Also where a tensor is no multiple of 256 bytes, so that there is padding between tensors."""
+    from vla_spec.engines._trt.cache_state import DeviceState, state_bytes
+    from vla_spec.engines._trt.lane import Lane
+
+    cuda = FakeCuda()
+    lane = Lane(cuda, 0, 0, False)
+    shape = (6, 1, heads, rows, 8)
+    state = DeviceState(shape, 2, lane)
+    assert state.size == state_bytes(shape, 2) == cuda.used
+    assert (state.read() == 0).all()
+    rng = np.random.default_rng(0)
+    for address in state.addresses:
+        cuda.view(address, heads * rows * 16)[:] = rng.integers(0, 256, heads * rows * 16)
+    for start_ in range(rows):
+        for count in range(rows - start_ + 1):
+            kept = np.sort(rng.choice(np.arange(start_, rows), count, replace=False)).astype(np.int32)
+            wanted = state.read().copy()
+            wanted[:, :, start_ : start_ + count] = wanted[:, :, kept]
+            state.move(start_, kept)
+            np.testing.assert_array_equal(state.read(), wanted)
+    lane.close()
+    assert cuda.live == {}
+
+
 def test_sizes_between_tiers_share_the_next_one(plans, inputs):
     engine, _, trt = start(plans)
     engine.prefill(inputs)

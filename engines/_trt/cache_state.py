@@ -6,14 +6,17 @@ strided copy moves it everywhere at once. A chain that is accepted from its root
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from typing import final
 
+import numpy as np
+
 from vla_spec.engines._trt.cuda import CopyKind
 from vla_spec.engines._trt.lane import Lane
 from vla_spec.engines._trt.memory import align
-from vla_spec.types import Int32
+from vla_spec.types import Int32, UInt8
 
 
 @final
@@ -64,6 +67,20 @@ class DeviceState:
                     column + target * self._row_bytes, self._pitch, column + source * self._row_bytes, self._pitch,
                     count * self._row_bytes, height, CopyKind.DEVICE_TO_DEVICE, lane.stream,
                 )  # fmt: skip
+
+    def read(self) -> UInt8:
+        """All rows as bytes, uint8 [n, heads, R, row bytes]. For checks: it waits, and copies everything."""
+        lane, n = self._lane, self._shape[0]
+        lane.settle()
+        address = lane.cuda.allocate_pinned(self.size)
+        try:
+            lane.cuda.copy(address, self._start, self.size, CopyKind.DEVICE_TO_HOST, lane.stream)
+            lane.settle()
+            content = np.frombuffer(ctypes.string_at(address, self.size), np.uint8)
+        finally:
+            lane.cuda.free_pinned(address)
+        tensors = content.reshape(n, self._stride)[:, : self._tensor_bytes]
+        return tensors.reshape(n, self._num_heads, self._num_rows, self._row_bytes)
 
     def clear(self) -> None:
         """All zeros; in the stream's order."""

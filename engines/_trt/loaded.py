@@ -14,6 +14,7 @@ import numpy as np
 
 from vla_spec.atomic import replacing
 from vla_spec.engines._graph_runtime import TensorSpec
+from vla_spec.engines._trt.inspection import EngineSummary, inspect_engine
 from vla_spec.engines._trt.library import Library
 from vla_spec.errors import BadModel, DeviceError
 
@@ -127,6 +128,12 @@ class LoadedEngine:
     def said(self) -> str:
         """What the library complained about since it was asked last."""
         return self._library.messages() or "it does not say why"
+
+    def inspect(self) -> EngineSummary:
+        """What its kernels read and write; without names of types if it was built without details."""
+        if self._engine is None:
+            raise DeviceError("the TensorRT engine was closed; make a new one")
+        return inspect_engine(self._library.module, self._engine)
 
     def save_kernels(self) -> None:
         """Keep what TensorRT-RTX compiled for this GPU beside the plan, so that the next start need not compile it.
