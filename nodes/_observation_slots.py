@@ -1,4 +1,4 @@
-"""The newest picture of each camera, the newest state and the instruction; one observation out of them. No ROS in here.
+"""The newest picture of each camera, the state of the same moment, the instruction: one observation. No ROS in here.
 
 Callbacks put, the planning thread takes. Nothing queues: a newer message replaces the older one, and what was replaced,
 too old, or too far apart is counted. Thread-safe; nothing is copied under the lock but references.
@@ -7,6 +7,7 @@ too old, or too far apart is counted. Thread-safe; nothing is copied under the l
 from __future__ import annotations
 
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import final
 
@@ -14,6 +15,9 @@ import numpy as np
 
 from vla_spec.errors import BadConfig
 from vla_spec.types import Float32, Observation, UInt8
+
+#: Joint states that are remembered until the pictures of their moment come: 0.64 s at 100 Hz.
+NUM_STATES = 64
 
 
 @dataclass(slots=True)
@@ -23,7 +27,7 @@ class SlotCounts:
     Attributes:
         num_images, num_states: messages that came.
         num_stale: looks at which a picture or the state was older than allowed.
-        num_skewed: looks at which cameras were further apart than allowed.
+        num_skewed: looks at which cameras, or pictures and state, were further apart than allowed.
         num_backwards: messages older than the one before from the same source.
     """
 
@@ -41,7 +45,7 @@ class ObservationSlots:
     Args:
         num_cameras: pictures of one observation, at least 1.
         max_age_ns: an observation older than this is not planned for.
-        max_skew_ns: most time between the oldest and the newest picture of one observation.
+        max_skew_ns: most time between the oldest and the newest part of one observation.
     """
 
     def __init__(self, num_cameras: int, max_age_ns: int, max_skew_ns: int) -> None:
@@ -54,7 +58,7 @@ class ObservationSlots:
         self._max_age_ns, self._max_skew_ns = max_age_ns, max_skew_ns
         self._changed = threading.Condition()
         self._images: list[tuple[UInt8, int] | None] = [None] * num_cameras
-        self._state: tuple[Float32, int] | None = None
+        self._states: deque[tuple[Float32, int]] = deque(maxlen=NUM_STATES)  # by stamp, oldest first
         self._instruction = ""
         self._version = 0  # counts messages; a look that found nothing waits for the next
 
@@ -73,10 +77,10 @@ class ObservationSlots:
         """Joint positions, float32 [S]."""
         with self._changed:
             self.counts.num_states += 1
-            if self._state is not None and stamp_ns < self._state[1]:
+            if self._states and stamp_ns < self._states[-1][1]:
                 self.counts.num_backwards += 1
                 return
-            self._state = state, stamp_ns
+            self._states.append((state, stamp_ns))
             self._notify()
 
     def put_instruction(self, instruction: str) -> bool:
@@ -96,7 +100,7 @@ class ObservationSlots:
         """Forget pictures and state, not the instruction: time jumped, or an episode began."""
         with self._changed:
             self._images = [None] * len(self._images)
-            self._state = None
+            self._states.clear()
 
     def wake(self) -> None:
         """Let `wait` return."""
@@ -112,7 +116,7 @@ class ObservationSlots:
     def look(self, now_ns: int, not_before_ns: int, step: int) -> Observation | None:
         """The newest whole observation, None if there is none that may be used (counted by reason).
 
-        Its stamp is that of its oldest picture.
+        Its stamp is that of its oldest picture; its state is the one nearest to that.
 
         Args:
             now_ns: time now, on the clock of the stamps.
@@ -120,18 +124,20 @@ class ObservationSlots:
             step: for the observation.
         """
         with self._changed:
-            images, state, instruction = list(self._images), self._state, self._instruction
-        if state is None or not instruction or any(image is None for image in images):
+            images, states, instruction = list(self._images), list(self._states), self._instruction
+        if not states or not instruction or any(image is None for image in images):
             return None
         known = [image for image in images if image is not None]
         stamps = [stamp for _, stamp in known]
         oldest = min(stamps)
         if oldest < not_before_ns:
             return None
+        # Pictures take longer than joint states: what the arm was like when they were taken is a few messages back.
+        state = min(states, key=lambda known: abs(known[1] - oldest))
         if now_ns - min(oldest, state[1]) > self._max_age_ns:
             self.counts.num_stale += 1
             return None
-        if max(stamps) - oldest > self._max_skew_ns:
+        if max((*stamps, state[1])) - min(oldest, state[1]) > self._max_skew_ns:
             self.counts.num_skewed += 1
             return None
         return Observation(np.stack([image for image, _ in known]), state[0], instruction, oldest, step)

@@ -1,8 +1,8 @@
 """`sim_node`: a simulated robot as ROS sees a real one: cameras, joint states, `/clock`, commands in, outcomes.
 
 Physics advances by one control step per control period of the wall clock (times ``time_scale``), whatever anybody does:
-a command that came since the last step is applied once, without one the robot holds. Pictures are drawn every
-``picture_steps`` control steps and published with the stamp of the step that they show.
+a command that came since the last step is applied once, without one the robot holds. The pictures are drawn by
+`camera_node`, a process of its own, as a robot's cameras are: it gets what moves on the topic ``physics``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter as RosParameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import Trigger
 
@@ -39,11 +39,10 @@ PARAMETERS = (
     Parameter("seeds", ["10000"], "seeds of the episodes, one after the other; then the node ends"),
     Parameter("max_steps", 200, "control steps of an episode at most", 1, 1000000),
     Parameter("time_scale", 1.0, "simulated seconds per second", 0.01, 100.0),
-    Parameter("picture_steps", 4, "control steps between pictures", 1, 10000),
     Parameter("joints", [""], "names of the state's numbers in joint_states; empty = joint_0, joint_1, ..."),
     Parameter("is_waiting", True, "an episode begins when the first command comes"),
     Parameter("publishes_clock", True, "publish /clock; the node is then everybody's time"),
-    *qos_parameters("image", SENSOR),
+    *qos_parameters("physics", SENSOR),
     *qos_parameters("joint_states", SENSOR),
     *qos_parameters("command", SENSOR),
 )  # fmt: skip
@@ -68,10 +67,8 @@ class SimNode(Node):
         self._outcomes: list[dict[str, Any]] = []
         self._counts = {"commands": 0, "replaced": 0, "missing": 0, "refused": 0}
         self._is_over = False
-        example = self._robot
         self._clock_publisher = self.create_publisher(ClockMessage, "/clock", 1) if values["publishes_clock"] else None
-        profile = qos_profile(values, "image")
-        self._images = [self.create_publisher(Image, f"image_{i}", profile) for i in range(example.num_cameras)]
+        self._physics = self.create_publisher(Float64MultiArray, "physics", qos_profile(values, "physics"))
         self._joints = self.create_publisher(JointState, "joint_states", qos_profile(values, "joint_states"))
         self._instruction = self.create_publisher(String, "instruction", LATCHED)
         self._episode = self.create_publisher(String, "episode", LATCHED)
@@ -93,7 +90,7 @@ class SimNode(Node):
         self._steps, self._command, self._is_begun = 0, None, False
         self._instruction.publish(String(data=self._robot.instruction))
         self._say("begins")
-        self._look()
+        self._show()
 
     def _on_command(self, message: Float64MultiArray) -> None:
         try:
@@ -124,9 +121,7 @@ class SimNode(Node):
         if self._robot.is_success or self._steps >= self._values["max_steps"]:
             self._end()
             return
-        self._since_picture += 1
-        if self._since_picture >= self._values["picture_steps"]:
-            self._look()
+        self._show()
 
     def _rest(self) -> Any:
         """Stand still: no increments, switches as they were."""
@@ -136,13 +131,12 @@ class SimNode(Node):
             action[-1] = last[-1]
         return action
 
-    def _look(self) -> None:
-        self._since_picture = 0
-        seen = self._robot.observe(self._time_ns)
-        names = [n for n in self._values["joints"] if n] or [f"joint_{i}" for i in range(len(seen.state))]
-        self._joints.publish(messages.write_joints(names, seen.state, self._time_ns))
-        for i, (publisher, pixels) in enumerate(zip(self._images, seen.images, strict=True)):
-            publisher.publish(messages.write_image(pixels, self._time_ns, f"camera_{i}"))
+    def _show(self) -> None:
+        """The arm's own state, and what the cameras need to draw."""
+        state = self._robot.state
+        names = [n for n in self._values["joints"] if n] or [f"joint_{i}" for i in range(len(state))]
+        self._joints.publish(messages.write_joints(names, state, self._time_ns))
+        self._physics.publish(Float64MultiArray(data=[self._time_ns, self._seed, *self._robot.physics.tolist()]))
 
     def _end(self) -> None:
         self._outcomes.append(

@@ -53,8 +53,17 @@ def test_old_and_far_apart_are_counted():
     assert slots.look(112 * MS, 0, 0) is None
     assert slots.counts.num_skewed == 1
     slots = filled(state=60)
+    assert slots.look(109 * MS, 0, 0) is None
+    assert slots.counts.num_skewed == 1
     assert slots.look(111 * MS, 0, 0) is None
     assert slots.counts.num_stale == 1
+
+
+def test_the_state_is_the_one_of_the_pictures_moment():
+    slots = filled(state=92)
+    for stamp in (98, 105, 112):
+        slots.put_state(np.full(3, stamp, np.float32), stamp * MS)
+    assert slots.look(120 * MS, 0, 0).state.tolist() == [98, 98, 98]
 
 
 def test_not_yet_due_is_not_counted():

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
+import numpy.typing as npt
 
 from vla_spec.errors import BadObservation, UnknownOption
 from vla_spec.plugins import Parts
 from vla_spec.robots._gl import select_gl_backend
 from vla_spec.robots._metaworld_tasks import TASKS
 from vla_spec.types import Float32, Observation, UInt8
+
+Float64 = npt.NDArray[np.float64]
 
 #: Free cameras that look at the workspace from behind the arm, right and left (azimuth [deg]); closer than the
 #: library's own, so that an object covers about twice the pixels. The third one is the library's wrist camera.
@@ -125,6 +128,31 @@ class MetaWorldRobot:
         self.step += 1
         self.is_success = self.is_success or bool(info["success"])
         return sent
+
+    @property
+    def physics(self) -> Float64:
+        """float64 [n], all that moves; another robot that was reset with the same seed can `show` it."""
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(self._env.model, kind))
+        mujoco.mj_getState(self._env.model, self._env.data, state, kind)
+        return state
+
+    def show(self, physics: Float64) -> None:
+        """Take over `physics`, for drawing: the pictures are those that the other robot would draw.
+
+        Raises:
+            BadObservation: of another task, or not finite.
+        """
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        size = mujoco.mj_stateSize(self._env.model, kind)
+        if physics.shape != (size,) or not np.isfinite(physics).all():
+            raise BadObservation("physics", f"{list(physics.shape)}", f"{size} finite numbers, of task {self.task}")
+        mujoco.mj_setState(self._env.model, self._env.data, physics, kind)
+        mujoco.mj_forward(self._env.model, self._env.data)
 
     def expert_action(self) -> Float32:
         """What Meta-World's scripted expert would do now; it sees the object positions. float32 [4]."""
