@@ -147,7 +147,7 @@ class Assembler:
             domain, adapter.tokenizer, first.model_dir, engine, costs, config.num_threads, config.seed
         )
         controller: DeadlineController = self._build("controller", config.controller, parts)
-        runtime = _runtime_options(config)
+        runtime = runtime_options(config)
         clock: Clock = VirtualClock() if runtime.mode is Mode.VIRTUAL else self._real
         rng = np.random.default_rng(config.seed)
         decoder = SpeculativeDecoder(engine, drafter, rule, controller, domain.num_tokens, clock.now_ns, rng)
@@ -207,7 +207,8 @@ def _default_adapter(config: Config) -> Choice:
     return Choice(name, load_plugin("adapter", name).options())
 
 
-def _runtime_options(config: Config) -> RuntimeOptions:
+def runtime_options(config: Config) -> RuntimeOptions:
+    """Options of an episode, as the configuration says."""
     runtime = config.runtime
     mode = MODE_OF_CLOCK[runtime.clock]
     return RuntimeOptions(

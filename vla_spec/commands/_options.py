@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vla_spec.errors import BadConfig
+from vla_spec.errors import BadConfig, MissingDependency
 
 if TYPE_CHECKING:
     from vla_spec.config import Config
@@ -125,3 +126,13 @@ def finish(results: Results, folder: Path, with_report: bool, arguments: Sequenc
     print_table(results, Console())
     for path in written:
         typer.echo(path)
+
+
+def needs(library: str, command: str, extra: str) -> None:
+    """Refuse a command whose library is not installed.
+
+    Raises:
+        MissingDependency: says which extra brings it.
+    """
+    if importlib.util.find_spec(library) is None:
+        raise MissingDependency(f"{library}, which `vla-spec {command}` needs,", f"pip install 'vla_spec[{extra}]'")

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,9 +30,11 @@ from vla_spec.commands._options import (
     Tasks,
     Threads,
     finish,
+    needs,
     override_tree,
     resolve_modes,
     split,
+    with_sets,
     writable,
 )
 from vla_spec.errors import BadConfig
@@ -58,6 +61,12 @@ ActorProcess = Annotated[
     typer.Option("--actor-process/--actor-thread", help="The actor in a process of its own, or beside the planner."),
 ]
 Load = Annotated[int, typer.Option(min=0, help="Other processes that keep a core busy each during the closed loop.")]
+Planner = Annotated[
+    str | None,
+    typer.Option(help="Address of a `vla-spec serve` that plans instead of this process, such as tcp://HOST:5555."),
+]
+PlannerKey = Annotated[Path | None, typer.Option(help="With --planner: this client's NAME.key_secret.")]
+PlannerServerKey = Annotated[Path | None, typer.Option(help="With --planner: the server's NAME.key.")]
 LoadCpus = Annotated[str | None, typer.Option(help="Cores of these processes, comma-separated. Default: all.")]
 
 
@@ -90,6 +99,9 @@ def command(
     actor_process: ActorProcess = None,
     load: Load = 0,
     load_cpus: LoadCpus = None,
+    planner: Planner = None,
+    planner_key: PlannerKey = None,
+    planner_server_key: PlannerServerKey = None,
 ) -> None:
     """Closed loop in the simulator: success, latency and deadline misses of each decoding mode, side by side."""
     asked = {
@@ -107,6 +119,18 @@ def command(
     )
     if realtime:
         overrides["runtime"]["realtime"] = asked
+    if planner is None and (planner_key or planner_server_key):
+        raise BadConfig("--planner-key and --planner-server-key: valid with --planner only")
+    if planner is not None:
+        of_server = {"--modes": modes, "--model": model, "--engine": engine, "--threads": threads, "--load": load}
+        for name, value in of_server.items():
+            if value:
+                raise BadConfig(f"{name} {value}: the server at {planner} decides; valid without --planner")
+        _run_remotely(
+            context, planner, planner_key, planner_server_key, config, overrides, set_, split(tasks),
+            range(seed_start, seed_start + episodes), max_steps, out, report,
+        )  # fmt: skip
+        return
     configs = resolve_modes(modes, config, overrides, set_)
     load_cores = _cores(load_cpus, "--load-cpus")
     if load_cores is not None and not load:
@@ -125,6 +149,31 @@ def command(
     from vla_spec.realtime_table import print_realtime
 
     print_realtime(results.realtime, Console())
+
+
+def _run_remotely(
+    context: typer.Context, address: str, key: Path | None, server_key: Path | None, file: Path | None,
+    overrides: dict[str, Any], sets: list[str] | None, tasks: tuple[str, ...] | None, seeds: range, max_steps: int,
+    out: Path | None, report: bool,
+) -> None:  # fmt: skip
+    """The same closed loop; only the planner is somewhere else."""
+    needs("zmq", "run --planner", "serve")
+    needs("msgpack", "run --planner", "serve")
+    from vla_spec.config import merge, read_tree, resolve
+    from vla_spec.evaluation import task_names
+    from vla_spec.progress import LiveProgress
+    from vla_spec.serving.closed_loop import RemotePlan, evaluate_remote
+    from vla_spec.serving.keys import ClientKeys, read_pair, read_public
+
+    if (key is None) != (server_key is None):
+        raise BadConfig("--planner-key and --planner-server-key belong together; valid: both or neither")
+    keys = None if key is None or server_key is None else ClientKeys(read_pair(key), read_public(server_key))
+    tree = merge(read_tree(file) if file is not None else {}, {**overrides, "engine": "toy"})
+    resolved = resolve(with_sets(tree, sets), "remote")
+    plan = RemotePlan(resolved, task_names(resolved.robot, tasks), seeds, max_steps, address, keys)
+    with writable(out, "run") as folder, LiveProgress() as progress:
+        results = evaluate_remote(plan, progress)
+    finish(results, folder, report, context.obj)
 
 
 def _cores(text: str | None, where: str) -> tuple[int, ...] | None:

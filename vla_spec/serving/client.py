@@ -16,7 +16,7 @@ from enum import Enum
 from typing import NamedTuple, final
 
 import zmq
-import zmq.utils.monitor
+from zmq.utils.monitor import recv_monitor_message
 
 from vla_spec.clock import NS_PER_S, MonotonicClock, NowNs
 from vla_spec.errors import BadConfig, VlaSpecError
@@ -222,8 +222,11 @@ class RemotePlanner:
             return self._changed.wait_for(lambda: self.link is link, timeout_s)
 
     def reset(self) -> None:
-        """A new episode starts."""
+        """A new episode starts; a chunk that is still under way belongs to the old one and is not going to be seen."""
         self._episode += 1
+        self._number += 1
+        self._held, self._is_waiting = None, False
+        self.is_busy = self.link is not Link.READY
 
     def submit(self, request: PlanRequest) -> None:
         """Hand over an observation. Before the last one's chunk came: this one takes its place."""
@@ -236,7 +239,7 @@ class RemotePlanner:
 
     def poll(self, now_ns: int) -> ActionChunk | None:
         """The chunk for the last observation, if it arrived by ``now_ns``; never blocks."""
-        while self._take(self._outcomes.get_nowait):
+        while self._take(0.0):
             pass
         self.is_busy = self._is_waiting or self.link is not Link.READY
         if self._held is None or self._held.ready_ns > now_ns:
@@ -253,15 +256,14 @@ class RemotePlanner:
         """
         deadline_ns = self._now_ns() + int(timeout_s * NS_PER_S)
         while self._held is None and self._is_waiting:
-            left_s = (deadline_ns - self._now_ns()) / NS_PER_S
-            if left_s <= 0 or not self._take(lambda left=left_s: self._outcomes.get(timeout=left)):  # type: ignore[misc]
+            if not self._take((deadline_ns - self._now_ns()) / NS_PER_S):
                 return False
         return self._held is not None
 
-    def _take(self, get: object) -> bool:
-        """One outcome out of the mailbox; False = there is none."""
+    def _take(self, timeout_s: float) -> bool:
+        """One outcome out of the mailbox; False = there is none, even after so long."""
         try:
-            outcome: _Outcome = get()  # type: ignore[operator]
+            outcome = self._outcomes.get(timeout_s > 0, max(0.0, timeout_s))
         except queue.Empty:
             return False
         if outcome.number == self._number:
@@ -323,6 +325,7 @@ class RemotePlanner:
         self._poller.unregister(self._socket)
         self._poller.unregister(self._monitor)
         self._socket.disable_monitor()
+        self._monitor.close(0)
         self._socket.close(linger_ms)
 
     def _timeout_ms(self) -> int:
@@ -408,7 +411,7 @@ class RemotePlanner:
             if reply.is_final:
                 self._settle(Link.REFUSED, reply.message)
         elif isinstance(reply, Unknown):
-            if self.link is Link.READY:  # restarted faster than it was missed
+            if self.link is Link.READY or self._is_probing:  # restarted faster than it was missed
                 self._go("the server was restarted")
         else:
             self._go("the server said goodbye")
@@ -446,21 +449,22 @@ class RemotePlanner:
         plan_ns = answer.chunk.ready_ns - answer.chunk.start_ns
         self.timings.append(RemoteTiming(round_trip_ns, network_ns, answer.held_ns, answer.queue_ns, plan_ns))
         seen = asked.request.observation
-        times = {"start_ns": asked.sent_ns, "ready_ns": now_ns, "deadline_ns": asked.request.deadline_ns}
         chunk = replace(
-            answer.chunk, **times, instruction=seen.instruction, observation_stamp_ns=seen.stamp_ns,
-            observation_step=seen.step,
+            answer.chunk, start_ns=asked.sent_ns, ready_ns=now_ns, deadline_ns=asked.request.deadline_ns,
+            instruction=seen.instruction, observation_stamp_ns=seen.stamp_ns, observation_step=seen.step,
         )  # fmt: skip
-        self.records.append(
-            answer.record._replace(**times, observation_stamp_ns=seen.stamp_ns, observation_step=seen.step)
-        )
+        record = answer.record._replace(
+            start_ns=asked.sent_ns, ready_ns=now_ns, deadline_ns=asked.request.deadline_ns,
+            observation_stamp_ns=seen.stamp_ns, observation_step=seen.step,
+        )  # fmt: skip
+        self.records.append(record)
         self._outcomes.put(_Outcome(asked.number, chunk))
 
     def _watch(self) -> None:
         """What the transport has to say about a connection that does not come."""
         with contextlib.suppress(zmq.ZMQError):
-            while self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                event = zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            while self._monitor.poll(0):
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
                 if self.link in (Link.CONNECTING, Link.PLANNER_GONE):
                     said = _EVENTS.get(zmq.Event(event["event"]), "")
                     is_about_keys = "handshake" in self.trouble or "key" in self.trouble
