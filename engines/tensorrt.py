@@ -22,6 +22,7 @@ from vla_spec.engines._trt.library import MODULES, Library, open_library
 from vla_spec.engines._trt.runtime import ITEMSIZE, Plans, Running, TensorRTRuntime
 from vla_spec.errors import BadConfig, BadEngine, BadModel, MissingDependency, SlowPath
 from vla_spec.plugins import Parts
+from vla_spec.types import EngineInputs
 
 #: Types of tensors between kernels that count, and those that an engine of some precision may have.
 FLOATS = ("fp32", "fp16", "bf16", "int8", "fp8", "fp4")
@@ -167,11 +168,17 @@ def load(model_dir: Path, options: Options, machine: Machine | None = None) -> G
     return engine
 
 
+def golden_inputs(model_dir: Path) -> EngineInputs:
+    """Inputs of a prefill that fit the model, whatever it is."""
+    with np.load(model_dir / GOLDEN, allow_pickle=False) as golden:
+        names = [name for name in golden.files if not name.endswith(("_logits", "_tokens", "_parents"))]
+        return {name: golden[name] for name in names}
+
+
 def warm_up(engine: GraphEngine, model_dir: Path) -> None:
     """Run every step size once, so that each is captured before a robot waits for it. Commits nothing."""
     runtime = engine.runtime
-    with np.load(model_dir / GOLDEN, allow_pickle=False) as golden:
-        inputs = {name: golden[name] for name in golden.files if not name.startswith(("prefill", "chain", "tree"))}
+    inputs = golden_inputs(model_dir)
     engine.prefill(inputs)
     for tier in runtime.tiers or ():
         size = min(tier, engine.max_step)

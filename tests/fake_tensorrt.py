@@ -413,3 +413,34 @@ def runnable(graph, folder):
     file = folder / f"{graph.name}.onnx"
     file.write_bytes(model.SerializeToString())
     return file
+
+
+class Place:
+    """A machine with doubles and a cache folder; from here on the engine `tensorrt` runs and is built on it."""
+
+    def __init__(self, folder, patch, model_dir, **trt):
+        from fake_cuda import FakeCuda
+
+        from vla_spec.engines import tensorrt
+
+        self.cuda, self.model_dir = FakeCuda(), model_dir
+        self.trt = FakeTensorRT(self.cuda, **trt)
+        self.folder = folder / "cache"
+        double_builds(patch, self.trt, folder / "graphs")
+        patch.setattr(tensorrt, "this_machine", lambda library="auto": self.machine)
+
+    @property
+    def machine(self):
+        from vla_spec.engines.tensorrt import Machine
+
+        return Machine(self.cuda, self.trt.library())
+
+    def options(self, **more):
+        from vla_spec.engines.tensorrt import Options
+
+        return Options(**{"cache": str(self.folder), "allow_build": True, **more})
+
+    def load(self, **more):
+        from vla_spec.engines import tensorrt
+
+        return tensorrt.load(self.model_dir, self.options(**more))

@@ -15,14 +15,13 @@ pytest.importorskip("onnx")
 
 from contract import test_engine_contract as contract
 from contract.conftest import Built
-from fake_cuda import FakeCuda
-from fake_tensorrt import FakeTensorRT, double_builds
+from fake_tensorrt import Place
 
 from vla_spec import plugins
 from vla_spec.engines import cache, tensorrt
 from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
-from vla_spec.engines.tensorrt import Machine, Options
+from vla_spec.engines.tensorrt import Options
 from vla_spec.errors import BadConfig, BadEngine, BadModel, MissingDependency, SlowPath
 from vla_spec.plugins import Parts
 
@@ -31,37 +30,15 @@ MODEL = ROOT / "models" / "metaworld" / "small"
 pytestmark = pytest.mark.skipif(not (MODEL / "decoder.onnx").exists(), reason="no shipped model here")
 
 
-class Place:
-    """A machine with doubles, a cache folder, and its monkeypatching."""
-
-    def __init__(self, folder, patch, **trt):
-        self.cuda = FakeCuda()
-        self.trt = FakeTensorRT(self.cuda, **trt)
-        self.folder = folder / "cache"
-        self.patch = patch
-        double_builds(patch, self.trt, folder / "graphs")
-        patch.setattr(tensorrt, "this_machine", lambda library="auto": self.machine)
-
-    @property
-    def machine(self):
-        return Machine(self.cuda, self.trt.library())
-
-    def options(self, **more):
-        return Options(**{"cache": str(self.folder), "allow_build": True, **more})
-
-    def load(self, **more):
-        return tensorrt.load(MODEL, self.options(**more))
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        yield Place(tmp_path_factory.mktemp("trt"), patch)
+        yield Place(tmp_path_factory.mktemp("trt"), patch, MODEL)
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    return Place(tmp_path, monkeypatch)
+    return Place(tmp_path, monkeypatch, MODEL)
 
 
 @pytest.fixture(scope="module")
