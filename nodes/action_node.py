@@ -286,3 +286,7 @@ def layout_and_space(values: dict[str, Any]) -> tuple[ActionLayout, ActionSpace]
 def main() -> None:
     """Entry point."""
     run_node(ActionNode)
+
+
+if __name__ == "__main__":
+    main()

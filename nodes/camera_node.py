@@ -109,3 +109,7 @@ class CameraNode(Node):
 def main() -> None:
     """Entry point."""
     run_node(CameraNode)
+
+
+if __name__ == "__main__":
+    main()

@@ -394,3 +394,7 @@ class PolicyNode(LifecycleNode):
 def main() -> None:
     """Entry point."""
     run_node(PolicyNode)
+
+
+if __name__ == "__main__":
+    main()

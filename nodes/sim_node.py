@@ -183,3 +183,7 @@ class SimNode(Node):
 def main() -> None:
     """Entry point."""
     run_node(SimNode)
+
+
+if __name__ == "__main__":
+    main()
