@@ -183,8 +183,8 @@ class FakeEngine:
         return DataType[TYPES[self.io(name).type]]
 
     def get_tensor_profile_shape(self, name, number):
-        found = self.profiles[number].get(name)
-        return [tuple(s) for s in found] if found else [tuple(self.get_tensor_shape(name))] * 3
+        assert -1 in self.get_tensor_shape(name), f"{name}: fixed, so that it need not be in a profile"
+        return [tuple(shape) for shape in self.profiles[number][name]]
 
     def create_engine_inspector(self):
         return FakeInspector(self.trt.inspected)
@@ -245,7 +245,8 @@ class FakeRuntimeCache:
 class FakeContext:
     def __init__(self, engine):
         self.engine, self.trt, self.cuda = engine, engine.trt, engine.trt.cuda
-        self.profile, self.shapes, self.addresses = None, {}, {}
+        is_dynamic = any(-1 in engine.get_tensor_shape(name) for name in engine.inputs)
+        self.profile, self.shapes, self.addresses = None if is_dynamic else 0, {}, {}
         self.scratch, self.aux_streams = None, []
         self.is_settled = False  # one plain run with these shapes
         self.version = 0  # counts changes: a captured graph is good for one state of its context
@@ -259,7 +260,9 @@ class FakeContext:
 
     def set_input_shape(self, name, shape):
         assert self.profile is not None, "shapes before a profile"
-        smallest, _, largest = self.engine.get_tensor_profile_shape(name, self.profile)
+        fixed = tuple(self.engine.get_tensor_shape(name))
+        is_fixed = -1 not in fixed
+        smallest, _, largest = [fixed] * 3 if is_fixed else self.engine.get_tensor_profile_shape(name, self.profile)
         if not all(a <= n <= b for a, n, b in zip(smallest, shape, largest, strict=True)):
             self.trt.log.kept.append(f"setInputShape: {name} {shape} out of profile")
             return False

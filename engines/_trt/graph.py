@@ -219,7 +219,7 @@ class TensorRTGraph:
         """A context of its own for these shapes, on the shared scratch memory."""
         lane = self.lane
         context = self.engine.context()
-        if not context.set_optimization_profile_async(profile.number, lane.handle):
+        if self.engine.is_dynamic and not context.set_optimization_profile_async(profile.number, lane.handle):
             raise BadModel(f"{self.name}: TensorRT refuses profile {profile.number} ({self.engine.said()})")
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):

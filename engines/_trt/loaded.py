@@ -100,9 +100,11 @@ class LoadedEngine:
             (self.inputs if is_input else self.outputs)[name] = TensorSpec(
                 _numpy_type(trt, engine.get_tensor_dtype(name)), shape
             )
+        #: Some input has no fixed shape, so that a context has to be told its profile.
+        self.is_dynamic = any(None in spec.shape for spec in self.inputs.values())
         self.profiles = [
             Profile(i, {name: self._profile_shapes(name, i) for name in self.inputs})
-            for i in range(engine.num_optimization_profiles)
+            for i in range(engine.num_optimization_profiles if self.is_dynamic else 1)
         ]
         alias = getattr(engine, "get_aliased_input_tensor", None)
         self.aliases = None if alias is None else {name: alias(name) for name in self.outputs}
@@ -172,6 +174,9 @@ class LoadedEngine:
         return config
 
     def _profile_shapes(self, name: str, number: int) -> tuple[Shape, Shape, Shape]:
+        fixed = tuple(n for n in self.inputs[name].shape if n is not None)
+        if len(fixed) == len(self.inputs[name].shape):  # whether a profile knows it is the library's affair
+            return fixed, fixed, fixed
         smallest, best, largest = (dims(value) for value in self._engine.get_tensor_profile_shape(name, number))
         return smallest, best, largest
 
