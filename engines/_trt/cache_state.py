@@ -1,7 +1,9 @@
 """Key-value caches in device memory: one allocation, and one copy per row that a tree commits, however many layers.
 
 All layers' keys and values lie behind each other, so row r of every head of every layer lies one pitch apart, and a
-strided copy moves it everywhere at once. A chain that is accepted from its root moves nothing at all.
+strided copy moves it everywhere at once. Tensors must begin at multiples of 256 bytes: where they don't by themselves,
+there is room for some heads more between them, so that rows stay one pitch apart. A chain that is accepted from its
+root moves nothing at all.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from vla_spec.engines._trt.cuda import CopyKind
 from vla_spec.engines._trt.lane import Lane
-from vla_spec.engines._trt.memory import align
+from vla_spec.engines._trt.memory import ALIGNMENT
 from vla_spec.types import Int32, UInt8
 
 
@@ -30,15 +32,15 @@ class DeviceState:
     """
 
     def __init__(self, shape: tuple[int, ...], itemsize: int, lane: Lane) -> None:
-        n, one, self._num_heads, self._num_rows, width = shape
+        _, one, self._num_heads, self._num_rows, width = shape
         assert one == 1, shape
         self._shape, self._lane = shape, lane
         self.itemsize = itemsize
         self._row_bytes = width * itemsize
         self._pitch = self._num_rows * self._row_bytes  # from a head to the next
         self._tensor_bytes = self._num_heads * self._pitch
-        self._stride = align(self._tensor_bytes)  # from a tensor to the next
-        self.size = n * self._stride
+        self._stride = _slots(shape, itemsize) * self._pitch  # from a tensor to the next
+        self.size = state_bytes(shape, itemsize)
         self._start = lane.allocate(self.size)
         self.clear()
 
@@ -56,17 +58,12 @@ class DeviceState:
         """Rows ``rows`` become rows start, start + 1, ...; in the stream's order, nobody waits."""
         lane = self._lane
         lane.enter()
-        # Without padding between tensors all heads of all tensors are one column of rows.
-        if self._stride == self._tensor_bytes:
-            columns, height = [self._start], self._shape[0] * self._num_heads
-        else:
-            columns, height = self.addresses, self._num_heads
+        height = self.size // self._pitch
         for target, source, count in _runs(start, rows.tolist()):
-            for column in columns:
-                lane.cuda.copy_2d(
-                    column + target * self._row_bytes, self._pitch, column + source * self._row_bytes, self._pitch,
-                    count * self._row_bytes, height, CopyKind.DEVICE_TO_DEVICE, lane.stream,
-                )  # fmt: skip
+            lane.cuda.copy_2d(
+                self._start + target * self._row_bytes, self._pitch, self._start + source * self._row_bytes,
+                self._pitch, count * self._row_bytes, height, CopyKind.DEVICE_TO_DEVICE, lane.stream,
+            )  # fmt: skip
 
     def read(self) -> UInt8:
         """All rows as bytes, uint8 [n, heads, R, row bytes]. For checks: it waits, and copies everything."""
@@ -105,4 +102,12 @@ def _runs(start: int, rows: list[int]) -> Iterator[tuple[int, int, int]]:
 
 def state_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     """Device memory that a `DeviceState` of this shape takes."""
-    return shape[0] * align(math.prod(shape[1:]) * itemsize)
+    n, _, _, num_rows, width = shape
+    return n * _slots(shape, itemsize) * num_rows * width * itemsize
+
+
+def _slots(shape: tuple[int, ...], itemsize: int) -> int:
+    """Heads that there is room for in each tensor: the real ones, up to where the next tensor is aligned."""
+    _, _, num_heads, num_rows, width = shape
+    unit = ALIGNMENT // math.gcd(num_rows * width * itemsize, ALIGNMENT)
+    return math.ceil(num_heads / unit) * unit
