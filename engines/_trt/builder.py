@@ -98,6 +98,9 @@ def prepare(file: Path, precision: str) -> Prepared:
     except Exception as error:  # protobuf's own type, whose place moves with its version
         raise BadModel(f"{file}: not an ONNX graph, or cut off ({_first_line(error)})") from error
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise BadModel(f"{file}: opset {opset}; valid: up to {newest}, the newest that this onnx knows")
     for node in model.graph.node:
         needed = NEEDED_OPSET.get(node.op_type, 0) if node.domain in ("", "ai.onnx") else 0
         if opset < needed:
@@ -264,8 +267,9 @@ def _add_profile(
 
 
 def _parser_error(error: Any) -> str:
-    node = error.node_name() or error.node_operator()
-    return _shortened(" ".join(f"{f'node {node}: ' if node else ''}{error.desc()}".split()))
+    name, operator = error.node_name(), error.node_operator()
+    where = f"node {name or '?'}, {operator}: " if name or operator else ""
+    return _shortened(" ".join(f"{where}{error.desc()}".split()))
 
 
 def _shortened(text: str, most: int = 400) -> str:

@@ -44,7 +44,7 @@ class NetworkSummary:
 
     def to_json(self) -> dict[str, Any]:
         """As stored in manifest.json."""
-        return asdict(self)
+        return {**asdict(self), "other_names": list(self.other_names)}
 
 
 def summarise(network: Any) -> NetworkSummary:
