@@ -156,4 +156,4 @@ def _with_single_inputs(nodes: Any, initializers: Any) -> list[Any]:
 
 
 def _cast(name: str, output: str, kind: int) -> Any:
-    return helper.make_node("Cast", [name], [output], name=output, to=kind)
+    return helper.make_node("Cast", [name], [output], name=f"{output}.cast", to=kind)
