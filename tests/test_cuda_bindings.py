@@ -203,3 +203,26 @@ def test_the_double_has_every_method_with_the_same_parameters(method):
     wanted = list(inspect.signature(getattr(Cuda, method)).parameters)
     assert list(inspect.signature(getattr(CudaBindings, method)).parameters) == wanted
     assert list(inspect.signature(getattr(FakeCuda, method)).parameters) == wanted
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("free", (4096,)), ("allocate_pinned", (16,)), ("free_pinned", (4096,)), ("priorities", ()),
+        ("destroy_stream", (STREAM := runtime.cudaStream_t(0),)), ("synchronize", (STREAM,)), ("event", (True,)),
+        ("destroy_event", (EVENT := runtime.cudaEvent_t(0),)), ("record", (EVENT, STREAM)), ("wait", (EVENT,)),
+        ("let_wait", (STREAM, EVENT)), ("copy", (4096, 8192, 5, CopyKind.DEVICE_TO_HOST, STREAM)),
+        ("copy_2d", (4096, 64, 8192, 64, 5, 3, CopyKind.DEVICE_TO_DEVICE, STREAM)), ("fill", (4096, 0, 5, STREAM)),
+        ("begin_capture", (STREAM,)), ("end_capture", (STREAM,)),
+        ("launch", (runtime.cudaGraphExec_t(0), STREAM)), ("device", (0,)),
+    ],
+)  # fmt: skip
+def test_the_real_functions_take_these_arguments(method, arguments):
+    """Without a driver each of them fails, but only after its arguments were understood."""
+    with pytest.raises((NoDevice, CudaError)):
+        getattr(CudaBindings(), method)(*arguments)
+
+
+def test_handles_have_numbers_for_tensorrt():
+    assert int(runtime.cudaStream_t(77)) == 77
