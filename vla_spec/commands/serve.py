@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +59,7 @@ def command(
     """Plan for robots in other processes or on other machines, over ZeroMQ. Ends with Ctrl-C or SIGTERM."""
     needs("zmq", "serve", "serve")
     needs("msgpack", "serve", "serve")
+    from vla_spec.realtime import locked_memory, thread_privileges
     from vla_spec.serving.keys import ServerKeys, read_clients, read_pair
     from vla_spec.serving.server import PlanServer, ServerOptions
     from vla_spec.serving.service import build_service
@@ -71,14 +74,20 @@ def command(
     (resolved,) = resolve_modes(mode, config, overrides, set_)
     with writable(out, "serve") as folder:
         service = build_service(resolved, max_clients, control_period_ms / 1e3)
-        server = PlanServer(
-            service.welcome, service.policies, options, keys, service.assemblies[0].clock.now_ns, typer.echo
-        )
+        tell = _printed_aside()
+        server = PlanServer(service.welcome, service.policies, options, keys, service.assemblies[0].clock.now_ns, tell)
         server.start()
-        with _stopped_by_signals(server):
+        asked = resolved.runtime.realtime
+        with ExitStack() as stack:
+            stack.enter_context(_stopped_by_signals(server))
             how = "encrypted, known keys only" if keys else "no keys"
             typer.echo(f"listening on {server.address} ({how}), mode {resolved.mode}, model "
                        f"{service.welcome.model_hash[:12]}, up to {max_clients} clients")  # fmt: skip
+            if asked is not None:
+                grants = stack.enter_context(locked_memory("process", asked.lock_memory))
+                grants += stack.enter_context(thread_privileges("planner", asked.planner_priority, asked.planner_cpus))
+                for grant in grants:
+                    typer.echo(f"{grant.what} {grant.asked}: {grant.reason or 'granted'}")
             server.run()
 
         from rich.console import Console
@@ -91,6 +100,18 @@ def command(
         write_json(folder / "serving.json", server.tally.as_json())
         print_table(results, Console())
         typer.echo(folder / "results.json")
+
+
+def _printed_aside() -> Callable[[str], None]:
+    """A way to print that never waits: a terminal that was paused must not pause the server."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            typer.echo(lines.get())
+
+    threading.Thread(target=work, name="vla_spec lines", daemon=True).start()
+    return lines.put
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, final
@@ -203,8 +204,7 @@ class RemotePlanner:
         Raises:
             PlannerGone: no answer in time, or one that says what does not fit.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self.link in (Link.READY, Link.REFUSED), timeout_s)
+        self.wait_for((Link.READY, Link.REFUSED), timeout_s)
         if self.link is Link.REFUSED:
             raise PlannerGone(f"planner at {self.options.connect}: {self.trouble}")
         if self.link is not Link.READY or self.welcome is None:
@@ -216,10 +216,12 @@ class RemotePlanner:
         self.is_busy = False
         return self.welcome
 
-    def wait_for(self, link: Link, timeout_s: float) -> bool:
-        """Block until it stands so; False = it did not come to that in time. For tests, and for waiting to start."""
+    def wait_for(self, links: Link | Collection[Link], timeout_s: float) -> Link:
+        """Block until it stands so, or so long. Returns how it stands. For waiting to start, not for the actor."""
+        wanted = {links} if isinstance(links, Link) else set(links)
         with self._changed:
-            return self._changed.wait_for(lambda: self.link is link, timeout_s)
+            self._changed.wait_for(lambda: self.link in wanted, timeout_s)
+            return self.link
 
     def reset(self) -> None:
         """A new episode starts; a chunk that is still under way belongs to the old one and is not going to be seen."""
@@ -284,6 +286,14 @@ class RemotePlanner:
     # --- the socket's thread ---
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # a fault of ours; the actor goes on without a planner
+            self._lose()
+            self._settle(Link.REFUSED, f"internal error: {type(error).__name__}: {error}")
+            raise
+
+    def _serve(self) -> None:
         self._open()
         while not self._is_stopping:
             self._poller.poll(self._timeout_ms())
@@ -342,17 +352,14 @@ class RemotePlanner:
         return True
 
     def _send_newest(self) -> None:
-        newest = None
+        waiting: list[_Submitted] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                if newest is not None:
-                    self.num_overtaken += 1
-                newest = self._outbox.get_nowait()
-        if newest is None:
+                waiting.append(self._outbox.get_nowait())
+        if not waiting:
             return
-        if self._asked is not None:
-            self.num_overtaken += 1
-        self._asked = newest
+        self.num_overtaken += len(waiting) - 1 + (self._asked is not None)
+        self._asked = newest = waiting[-1]
         if self.link is not Link.READY or self._sizes is None:
             self._lose()
             return
@@ -524,4 +531,7 @@ def _fits(request: PlanRequest, sizes: Sizes) -> bool:
     is_whole = is_whole and seen.state.shape == (sizes.state_size,) and seen.step >= 0
     if history is not None:
         is_whole = is_whole and len(history.tokens) <= sizes.num_tokens
-    return is_whole and len(seen.instruction.encode()) <= MAX_TEXT_BYTES
+    try:
+        return is_whole and len(seen.instruction.encode()) <= MAX_TEXT_BYTES
+    except UnicodeEncodeError:  # half a character
+        return False

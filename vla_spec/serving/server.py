@@ -57,6 +57,9 @@ log = logging.getLogger(__name__)
 NS_PER_MS = 1_000_000
 #: Messages that are read before answers are sent again: a flood of one client delays nobody for long.
 _MESSAGES_PER_TURN = 32
+#: Whom the authenticator asks about keys (rfc.zeromq.org/spec/27).
+_ZAP_DOMAIN = "vla_spec"
+_NEVER_NS = -(2**62)
 #: Longest sleep of the listening thread [ms].
 _IDLE_MS = 100
 #: Last plans whose median is what a plan is expected to take.
@@ -210,11 +213,12 @@ class PlanServer:
         if self._keys is not None:
             self._authenticator = ThreadAuthenticator(self._context, log=log)
             self._authenticator.start()
-            self._authenticator.configure_curve_callback("*", _Doorman(self._keys, self.tally))
+            # A key is asked about for this domain only; without an entry for a domain nobody comes in.
+            self._authenticator.configure_curve_callback(_ZAP_DOMAIN, _Doorman(self._keys, self.tally))
             self._router.setsockopt(zmq.CURVE_SERVER, 1)
             self._router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.own.secret)
             self._router.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.own.public)
-            self._router.setsockopt(zmq.ZAP_DOMAIN, b"vla_spec")
+            self._router.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.encode())
         try:
             self._bind()
         except zmq.ZMQError as error:
@@ -336,7 +340,8 @@ class PlanServer:
             request = decode_request(frame.buffer, self._welcome.sizes)
         except BadMessage as error:
             self.tally.num_bad += 1
-            log.warning("refused a message: %s", error)
+            if self.tally.num_bad <= 10 or self.tally.num_bad % 1000 == 0:  # whoever sends many shall not fill the disk
+                log.warning("refused a message, number %d: %s", self.tally.num_bad, error)
             self._send(client, Refused(str(error), isinstance(error, WrongVersion)))
             return True
         session = self._sessions.get(client)
@@ -379,22 +384,13 @@ class PlanServer:
             return
         session.newest_id = ask.id
         job = Job(client, ask, now_ns, now_ns + ask.remaining_ns - ask.network_ns)
-        is_running = self._turns.running == client
-        if not is_running:
-            # Its own waiting request gives way: this one stands where that one stood, or is answered now.
-            replaced = self._turns.remove(client)
-            wait_ns = self._turns.wait_ns(now_ns, self._typical_ns) if replaced is None else 0
-            if job.due_ns - now_ns - wait_ns < self._least_ns:
-                if replaced is not None:
-                    self._overtake(client, replaced, ask.id)
-                self._answer_late(session, job)
-                return
-            if replaced is not None:
-                self._turns.offer(replaced)
-        replaced = self._turns.offer(job)
-        self._tokens.put(True)
+        does_wait, replaced = self._turns.offer(job, now_ns, self._typical_ns, self._least_ns)
         if replaced is not None:
             self._overtake(client, replaced, ask.id)
+        if does_wait:
+            self._tokens.put(True)
+        else:
+            self._answer_late(session, job)
 
     @property
     def _typical_ns(self) -> int:
@@ -449,10 +445,11 @@ class PlanServer:
             self._forget(client, f"was silent for {self._options.silent_after_ms:g} ms")
 
     def _forget(self, client: bytes, why: str) -> None:
-        if self._turns.running == client:
-            return  # its policy is in use; the next look, or the next silence, is soon enough
-        self._turns.remove(client)
-        session = self._sessions.pop(client)
+        session = self._sessions[client]
+        if not self._turns.withdraw(client):
+            session.heard_ns = _NEVER_NS  # its policy is in use: as soon as it is not
+            return
+        del self._sessions[client]
         self._seats.append(session.seat)
         log.info("client %r %s", session.name, why)
 

@@ -34,18 +34,32 @@ class Turns:
         self._running: Job | None = None
         self._since_ns = 0
 
-    @property
-    def running(self) -> bytes | None:
-        """The client that is being planned for."""
-        running = self._running
-        return None if running is None else running.client
+    def offer(self, job: Job, now_ns: int, plan_ns: int, least_ns: int) -> tuple[bool, Job | None]:
+        """Let a request wait, unless it could not be ready in time.
 
-    def offer(self, job: Job) -> Job | None:
-        """Let a request wait; returns the one of the same client whose place it took."""
+        A client that is being planned for may wait in any case: what would answer it at once, its ladder, is in use.
+
+        Args:
+            job: it.
+            now_ns: the time.
+            plan_ns: what a plan is expected to take. The running one is cut at its deadline, so it lasts no longer.
+            least_ns: what a plan takes at least.
+
+        Returns:
+            Whether it waits, and the request of the same client whose place it took; waiting or not, that one is out.
+        """
         with self._lock:
-            replaced = self._waiting.get(job.client)
-            self._waiting[job.client] = job
-            return replaced
+            replaced, left_ns, is_running = self._waiting.get(job.client), 0, False
+            if self._running is not None:
+                left_ns = max(0, min(self._since_ns + plan_ns, self._running.due_ns) - now_ns)
+                is_running = self._running.client == job.client
+            clients = list(self._waiting)
+            num_ahead = clients.index(job.client) if replaced is not None else len(clients)
+            if not is_running and job.due_ns - now_ns - left_ns - num_ahead * plan_ns < least_ns:
+                self._waiting.pop(job.client, None)
+                return False, replaced
+            self._waiting[job.client] = job  # where the replaced one stood, or at the end
+            return True, replaced
 
     def take(self, now_ns: int) -> Job | None:
         """The next one; it is running from now until `done`. None = nobody waits."""
@@ -61,15 +75,18 @@ class Turns:
         with self._lock:
             self._running = None
 
-    def remove(self, client: bytes) -> Job | None:
-        """Take a client's request out of the room; None = there is none."""
+    def withdraw(self, client: bytes) -> bool:
+        """A client leaves. False = not now, it is being planned for."""
         with self._lock:
-            return self._waiting.pop(client, None)
+            if self._running is not None and self._running.client == client:
+                return False
+            self._waiting.pop(client, None)
+            return True
 
     def take_hopeless(self, now_ns: int, least_ns: int) -> list[Job]:
         """Take out all that would not be ready in time even if planned at once.
 
-        A client that is being planned for keeps its next one: what answers it, its ladder, is in use.
+        A client that is being planned for keeps its next one, as in `offer`.
 
         Args:
             now_ns: the time.
@@ -83,20 +100,10 @@ class Turns:
             return hopeless
 
     def next_hopeless_ns(self, least_ns: int) -> int | None:
-        """When the first of those who wait becomes hopeless; None = nobody waits."""
+        """When the first that `take_hopeless` may take becomes hopeless; None = there is none."""
         with self._lock:
-            return min((job.due_ns - least_ns for job in self._waiting.values()), default=None)
-
-    def wait_ns(self, now_ns: int, plan_ns: int) -> int:
-        """How long a client that comes now is expected to wait, if a plan takes ``plan_ns``; 0 = not at all.
-
-        The running plan is cut at its deadline, so it lasts no longer than until then.
-        """
-        with self._lock:
-            left_ns = 0
-            if self._running is not None:
-                left_ns = max(0, min(self._since_ns + plan_ns, self._running.due_ns) - now_ns)
-            return left_ns + len(self._waiting) * plan_ns
+            busy = None if self._running is None else self._running.client
+            return min((j.due_ns - least_ns for c, j in self._waiting.items() if c != busy), default=None)
 
     def busy_ns(self, now_ns: int) -> int:
         """How long the running plan has been under way; 0 = none is."""

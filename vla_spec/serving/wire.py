@@ -298,7 +298,8 @@ def _only(tree: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
         raise BadMessage(f"{where} is {_show(tree)}; valid: a map")
     if tree.keys() != set(names):
         missing, foreign = sorted(set(names) - tree.keys()), sorted(set(tree) - set(names))
-        raise BadMessage(f"{where}: missing {missing}, unknown {foreign}; valid: {', '.join(names) or 'no fields'}")
+        shown = ", ".join(_show(name) for name in foreign[:4])
+        raise BadMessage(f"{where}: missing {missing}, unknown [{shown}]; valid: {', '.join(names) or 'no fields'}")
     return tree
 
 
@@ -332,7 +333,8 @@ def _text(tree: Tree, key: str) -> str:
 
 def _array(tree: Tree, key: str, dtype: str, shape: tuple[int | tuple[int, int], ...]) -> npt.NDArray[Any]:
     """An array of this dtype; each side is a number, or the least and the most that it may be."""
-    value, valid = tree[key], f"an array of {dtype}, {list(shape)}"
+    sizes = ", ".join(f"{side[0]}..{side[1]}" if isinstance(side, tuple) else str(side) for side in shape)
+    value, valid = tree[key], f"an array of {dtype}, [{sizes}]"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data"}:
         raise BadMessage(f"{key} is {_show(value)}; valid: {valid}")
     found, sides, data = value["dtype"], value["shape"], value["data"]
@@ -369,6 +371,8 @@ def _token_ids(tree: Tree, key: str, sizes: Sizes) -> npt.NDArray[Any]:
 
 def _show(value: object) -> str:
     """A value for an error: short, whatever was sent."""
+    if isinstance(value, list) and len(value) <= 8 and all(type(item) is int for item in value):
+        return str(value)
     if isinstance(value, bytes | dict | list):
         return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
@@ -421,9 +425,9 @@ _ASK = (
 def _write_ask(m: Ask) -> Tree:
     seen, history = m.observation, m.history
     return {
-        "id": m.id, "episode": m.episode, "remaining_ns": m.remaining_ns, "network_ns": m.network_ns,
+        "id": m.id, "episode": m.episode, "remaining_ns": int(m.remaining_ns), "network_ns": int(m.network_ns),
         "images": _packed(seen.images, "|u1"), "state": _packed(seen.state, "<f4"), "instruction": seen.instruction,
-        "stamp_ns": seen.stamp_ns, "step": seen.step,
+        "stamp_ns": int(seen.stamp_ns), "step": int(seen.step),
         "history": None if history is None else {
             "tokens": _packed(history.tokens, "<i4"), "consumed": int(history.consumed),
             "num_forced": int(history.num_forced),
@@ -562,7 +566,7 @@ def _write_answer(m: Answer) -> Tree:
         "chunk": None if chunk is None else {
             "actions": _packed(chunk.actions, "<f4"), "provenance": _packed(chunk.provenance, "|u1"),
             "rung": int(chunk.rung), "chunk_id": chunk.chunk_id, "instruction": chunk.instruction,
-            **{name: getattr(chunk, name) for name in _CHUNK_TIMES},
+            **{name: int(getattr(chunk, name)) for name in _CHUNK_TIMES},
             "tokens": _packed(chunk.tokens, "<i4"), "max_deviation": float(chunk.max_deviation),
         },
         "record": None if record is None else {
