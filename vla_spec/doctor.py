@@ -34,7 +34,7 @@ LIBRARIES = {
     "rich": "command line", "onnxruntime": "default engine", "safetensors": "weights", "metaworld": "simulator",
     "mujoco": "simulator", "matplotlib": "report", "jinja2": "report", "pillow": "report",
     "hdrhistogram": "profile", "torch": "training", "onnx": "export",
-    "tensorrt": "TensorRT engine", "tensorrt-rtx": "TensorRT engine",
+    "tensorrt": "TensorRT engine", "tensorrt-rtx": "TensorRT engine", "cuda-bindings": "TensorRT engine",
 }  # fmt: skip
 GL_PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libosmesa6)"
 #: Draws one tiny picture in a process of its own: a broken driver may crash instead of raising.
@@ -120,7 +120,7 @@ def diagnose(model_dir: Path, draw: bool = True) -> Diagnosis:
         purpose("collect", sim, "sim", [(screen, GL_PACKAGES)]),
         purpose("train, distill, export", train, "train", []),
         purpose("ROS 2 nodes", [], "", [(no_ros, "source /opt/ros/<distribution>/setup.bash")]),
-        purpose("TensorRT engine", [], "", [(no_tensorrt, "pip install tensorrt-rtx, or JetPack's own TensorRT")]),
+        purpose("TensorRT engine", lacking("cuda-bindings"), "tensorrt-rtx", [(no_tensorrt, "pip install tensorrt-rtx, or JetPack's own TensorRT")]),
     )
     return Diagnosis(machine(), libraries, providers, gl, ros, tensorrt, purposes)
 
