@@ -111,6 +111,7 @@ def diagnose(model_dir: Path, draw: bool = True) -> Diagnosis:
         return Purpose(what, (*libraries, *(name for missing, _ in others for name in missing)), "; ".join(fixes))
 
     no_ros, no_tensorrt = [] if ros else ["rclpy"], [] if tensorrt else ["tensorrt"]
+    get_tensorrt = "pip install tensorrt-rtx, or JetPack's own TensorRT"
     train = lacking("torch", "safetensors", "onnx", "onnxruntime")
     export = "vla-spec collect, train, distill, export (hours), or a checkout that ships them"
     purposes = (
@@ -120,7 +121,7 @@ def diagnose(model_dir: Path, draw: bool = True) -> Diagnosis:
         purpose("collect", sim, "sim", [(screen, GL_PACKAGES)]),
         purpose("train, distill, export", train, "train", []),
         purpose("ROS 2 nodes", [], "", [(no_ros, "source /opt/ros/<distribution>/setup.bash")]),
-        purpose("TensorRT engine", lacking("cuda-bindings"), "tensorrt-rtx", [(no_tensorrt, "pip install tensorrt-rtx, or JetPack's own TensorRT")]),
+        purpose("TensorRT engine", lacking("cuda-bindings"), "tensorrt-rtx", [(no_tensorrt, get_tensorrt)]),
     )
     return Diagnosis(machine(), libraries, providers, gl, ros, tensorrt, purposes)
 
