@@ -8,6 +8,7 @@ metric, what passes, what is still a warning. An engine that claims batch invari
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,11 +282,11 @@ def check_golden(engine: Engine, path: Path) -> float:
         BadModel: missing, or not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             golden = {name: file[name] for name in file.files}
         calls = [(golden[f"{name}_tokens"], golden[f"{name}_parents"]) for name in ("chain", "tree")]
         wanted = np.concatenate([golden[f"{name}_logits"] for name in ("prefill", "chain", "tree")])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BadModel(f"{path}: no golden inputs ({error}); `vla-spec export` writes them") from error
     inputs = {k: v for k, v in golden.items() if not k.endswith(("_logits", "_tokens", "_parents"))}
     got = [engine.prefill(inputs).logits.copy()]
