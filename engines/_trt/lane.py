@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any, final
 
 from vla_spec.engines._trt.cuda import Cuda
-from vla_spec.errors import DeviceError
+from vla_spec.errors import DeviceError, VlaSpecError
 
 
 @final
@@ -60,8 +60,8 @@ class Lane:
         """Free everything. What fails, as all does on a lost device, keeps nothing else from being freed."""
         if not self.is_open:
             return
-        with contextlib.suppress(DeviceError):
+        with contextlib.suppress(VlaSpecError):
             self.settle()
         self.is_open = False
-        with contextlib.suppress(DeviceError):
+        with contextlib.suppress(VlaSpecError):
             self.owned.close()

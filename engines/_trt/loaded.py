@@ -121,7 +121,9 @@ class LoadedEngine:
         """
         if self._engine is None:
             raise DeviceError("the TensorRT engine was closed; make a new one")
-        wanted = self._config or self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        wanted = self._config
+        if wanted is None:
+            wanted = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(wanted)
         if context is None:
             raise DeviceError(f"TensorRT could not make an execution context ({self.said()})")

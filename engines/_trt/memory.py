@@ -20,7 +20,7 @@ import numpy.typing as npt
 from vla_spec.engines._graph_runtime import Array
 from vla_spec.engines._trt.cuda import Cuda
 from vla_spec.engines._trt.lane import Lane
-from vla_spec.errors import DeviceError
+from vla_spec.errors import VlaSpecError
 
 #: TensorRT wants tensors at multiples of this.
 ALIGNMENT = 256
@@ -96,7 +96,7 @@ def _give_back(cuda: Cuda, starts: list[int], sizes: dict[int, int], address: in
     """Free a block. Not a method: it would keep the arena, and the arena the block."""
     starts.remove(address)
     del sizes[address]
-    with contextlib.suppress(DeviceError):  # a lost device
+    with contextlib.suppress(VlaSpecError):  # a lost device
         cuda.free_pinned(address)
 
 
