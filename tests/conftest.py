@@ -23,6 +23,8 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", rf"default:::{library}(\..*)?")
     # Raised from C code on behalf of whatever module is importing a SWIG or protobuf extension.
     config.addinivalue_line("filterwarnings", "default:builtin type .* has no __module__ attribute:DeprecationWarning")
+    # An import of rclpy's parser, deep inside.
+    config.addinivalue_line("filterwarnings", "default:module 'sre_.*' is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

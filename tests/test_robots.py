@@ -63,6 +63,20 @@ def test_toy_clips_actions_and_says_what_it_sent():
         robot.act(np.full(4, np.nan, np.float32), 0)
 
 
+def test_toy_shows_what_another_one_looks_like():
+    moved, shown = toy.ToyRobot(), toy.ToyRobot()
+    for robot in (moved, shown):
+        robot.reset(5)
+    for _ in range(9):
+        moved.act(moved.expert_action(), 0)
+    assert not np.array_equal(shown.render(), moved.render())
+    shown.show(moved.physics)
+    np.testing.assert_array_equal(shown.render(), moved.render())
+    for wrong in (np.zeros(3), np.full(4, np.nan)):
+        with pytest.raises(BadObservation, match="physics"):
+            shown.show(wrong)
+
+
 def test_toy_pictures_show_where_the_mass_is():
     robot = toy.ToyRobot()
     first = robot.render()
@@ -198,6 +212,29 @@ def test_a_probe_gives_the_last_line_of_what_went_wrong(monkeypatch):
 
     monkeypatch.setattr(_gl.subprocess, "run", hang)
     assert "timed out" in _gl.probe("egl")
+
+
+@pytest.mark.slow
+def test_metaworld_draws_for_another_one_what_that_would_draw():
+    """A camera's process has the same world, reset with the same seed, and is told what moves."""
+    pytest.importorskip("metaworld")
+    from vla_spec.robots.metaworld import MetaWorldRobot
+
+    moved, shown = MetaWorldRobot("drawer-close"), MetaWorldRobot("drawer-close")
+    try:
+        for robot in (moved, shown):
+            robot.reset(10_000)
+        for _ in range(12):
+            moved.act(moved.expert_action(), 0)
+        wanted = moved.render()
+        assert np.abs(shown.render().astype(int) - wanted).max() > 50
+        shown.show(moved.physics)
+        np.testing.assert_array_equal(shown.render(), wanted)
+        with pytest.raises(BadObservation, match="task drawer-close"):
+            shown.show(np.zeros(3))
+    finally:
+        moved.close()
+        shown.close()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
 from vla_spec.errors import BadConfig, BadObservation
 from vla_spec.plugins import Parts
@@ -88,6 +89,21 @@ class ToyRobot:
         self.step += 1
         self.is_success = self.is_success or float(np.linalg.norm(self._position - self.goal)) < GOAL_RADIUS
         return sent
+
+    @property
+    def physics(self) -> npt.NDArray[np.float64]:
+        """float64 [4], all that moves; another robot that was reset with the same seed can `show` it."""
+        return np.array([*self._position, self._opening], np.float64)
+
+    def show(self, physics: npt.NDArray[np.float64]) -> None:
+        """Take over `physics`, for drawing.
+
+        Raises:
+            BadObservation: not four finite numbers.
+        """
+        if physics.shape != (4,) or not np.isfinite(physics).all():
+            raise BadObservation("physics", f"{list(physics.shape)}", "4 finite numbers")
+        self._position, self._opening = physics[:3].copy(), float(physics[3])
 
     def expert_action(self) -> Float32:
         """Straight to the goal, gripper open; float32 [4]."""

@@ -1,0 +1,305 @@
+"""All nodes as processes on real DDS, with the toy policy and the toy arm: closed loop, killed planner, clean ends.
+
+Every wait is for an event, with a timeout. Needs rclpy.
+"""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.msg import Parameter as ParameterMessage
+from rcl_interfaces.msg import ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from std_msgs.msg import Float64MultiArray, String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from vla_spec.nodes._processes import NodeProcesses
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 20.0
+DOMAIN = str(100 + os.getpid() % 100)
+LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+PARAMETERS = """
+/**:
+  ros__parameters: {use_sim_time: true}
+/**/policy_node:
+  ros__parameters:
+    mode: autoregressive
+    overrides: ["engine=toy"]
+    joints: [tcp_x, tcp_y, tcp_z, gripper]
+    units: [0.01, 0.01, 0.01, 1.0]
+    max_age_ms: 400.0
+/**/action_node:
+  ros__parameters:
+    rate_hz: 80.0
+    joints: [tcp_x, tcp_y, tcp_z, gripper]
+    kinds: [delta, delta, delta, switch]
+    units: [0.01, 0.01, 0.01, 1.0]
+    low: [-1.0, -1.0, -1.0, -1.0]
+    high: [1.0, 1.0, 1.0, 1.0]
+    dry_run: false
+/**/sim_node:
+  ros__parameters: {robot: toy, task: "", seeds: ["5"], max_steps: 100000, joints: [tcp_x, tcp_y, tcp_z, gripper]}
+/**/camera_node:
+  ros__parameters: {robot: toy, task: "", rate_hz: 40.0}
+/**/monitor_node:
+  ros__parameters: {stale_after_s: 1.5}
+"""
+
+
+class Ear(Node):
+    """Hears everything; spins only when a test waits for something."""
+
+    def __init__(self):
+        super().__init__("ear")
+        self.commands, self.chunks, self.infos, self.statuses = [], [], [], {}
+        self.create_subscription(Float64MultiArray, "command", self._on_command, 50)
+        self.create_subscription(JointTrajectory, "trajectory", self.chunks.append, 10)
+        self.create_subscription(String, "trajectory_info", lambda m: self.infos.append(json.loads(m.data)), 10)
+        self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
+        self.executor_ = SingleThreadedExecutor()
+        self.executor_.add_node(self)
+
+    def _on_command(self, message):
+        self.commands.append((time.monotonic(), np.array(message.data)))
+
+    def _on_diagnostics(self, message):
+        for status in message.status:
+            values = {v.key: v.value for v in status.values}
+            self.statuses[status.name] = (status.level, status.message, values)
+
+    def wait_for(self, condition, what, timeout_s=TIMEOUT_S):
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
+            self.executor_.spin_once(timeout_sec=0.05)
+
+    def call(self, kind, name, request):
+        client = self.create_client(kind, name)
+        self.wait_for(client.service_is_ready, name)
+        future = client.call_async(request)
+        self.wait_for(future.done, f"answer of {name}")
+        self.destroy_client(client)
+        return future.result()
+
+    def wait_until_it_answers(self, node):
+        """A server that was killed counts as ready for some seconds: ask until one answers."""
+        client = self.create_client(GetState, f"{node}/get_state")
+        futures = []
+
+        def ask():
+            if not futures or futures[-1][1] < time.monotonic() - 1.0:
+                futures.append((client.call_async(GetState.Request()), time.monotonic()))
+            return any(future.done() for future, _ in futures)
+
+        self.wait_for(ask, f"an answer of {node}")
+        self.destroy_client(client)
+
+    def transit(self, transition):
+        request = ChangeState.Request()
+        request.transition.id = transition
+        return self.call(ChangeState, "policy_node/change_state", request).success
+
+    def state(self):
+        return self.call(GetState, "policy_node/get_state", GetState.Request()).current_state.label
+
+    def set(self, node, name, value):
+        said = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=value)
+        request = SetParameters.Request(parameters=[ParameterMessage(name=name, value=said)])
+        return self.call(SetParameters, f"{node}/set_parameters", request).results[0]
+
+
+@pytest.fixture(scope="module")
+def params_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ros") / "toy.yaml"
+    path.write_text(PARAMETERS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return {"ROS_DOMAIN_ID": DOMAIN, "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+
+
+@pytest.fixture
+def nodes(tmp_path, environment):
+    with NodeProcesses(tmp_path / "logs", environment) as running:
+        yield running
+
+
+@pytest.fixture
+def ear(environment):
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    rclpy.init()
+    node = Ear()
+    yield node
+    node.executor_.shutdown()
+    node.destroy_node()
+    rclpy.shutdown()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def start(nodes, ear, params_file, names=("action_node", "sim_node", "camera_node")):
+    nodes.start("policy_node", params_file)
+    for name in names:
+        nodes.start(name, params_file)
+    assert ear.transit(Transition.TRANSITION_CONFIGURE), nodes.log("policy_node")
+    assert ear.transit(Transition.TRANSITION_ACTIVATE), nodes.log("policy_node")
+
+
+def actor_says(ear):
+    return next((status for name, status in ear.statuses.items() if name.endswith(": actor")), (None, "", {}))
+
+
+def test_the_loop_closes_the_planner_dies_and_comes_back(nodes, ear, params_file, tmp_path):
+    nodes.start("monitor_node", params_file, {"bag": str(tmp_path / "all.mcap")})
+    start(nodes, ear, params_file)
+    ear.wait_for(lambda: len(ear.commands) > 80 and len(ear.chunks) > 5 and len(ear.infos) > 5, "commands and chunks")
+
+    # On the wire: stamps are the observation's, every chunk has its provenance, nothing leaves the limits.
+    stamps = {c.header.stamp.sec * 10**9 + c.header.stamp.nanosec for c in ear.chunks}
+    known = {info["stamp_ns"]: info for info in ear.infos}
+    both = stamps & set(known)
+    assert len(both) >= 4
+    assert {known[stamp]["rung"] for stamp in both} == {"EXACT"}
+    assert all((np.abs(action) <= 1).all() for _, action in ear.commands)
+    assert any(np.abs(action[:3]).max() > 0.1 for _, action in ear.commands)
+
+    # SIGKILL of the planner: the arm stands still, and says so.
+    os.kill(nodes.running["policy_node"].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    ear.wait_for(lambda: time.monotonic() > killed + 0.5 and len(ear.commands) > 0, "half a second")
+    ear.commands.clear()
+    ear.wait_for(lambda: len(ear.commands) > 20, "commands without a planner")
+    assert all((action[:3] == 0).all() for _, action in ear.commands)
+    ear.wait_for(lambda: actor_says(ear)[1] == "planner gone, holding", "the actor's report")
+    assert actor_says(ear)[0] == b"\x02"
+    ear.wait_for(
+        lambda: any(level == b"\x03" for name, (level, _, _) in ear.statuses.items() if "policy_node" in name),
+        "the planner to be stale",
+    )
+
+    # A new one takes over without anybody else being restarted.
+    nodes.running.pop("policy_node").wait()
+    nodes.start("policy_node", params_file)
+    ear.wait_until_it_answers("policy_node")
+    assert ear.transit(Transition.TRANSITION_CONFIGURE)
+    assert ear.transit(Transition.TRANSITION_ACTIVATE)
+    ear.commands.clear()
+    ear.wait_for(lambda: any(np.abs(a[:3]).max() > 0.1 for _, a in ear.commands), "motion after the restart")
+    assert all((np.abs(action) <= 1).all() for _, action in ear.commands)
+
+    # SIGINT and SIGTERM end everything with 0; the bag is whole.
+    numbers = {"policy_node": signal.SIGTERM, "action_node": signal.SIGTERM, "monitor_node": signal.SIGINT}
+    codes = {name: nodes.end(name, numbers.get(name, signal.SIGINT)) for name in list(nodes.running)}
+    assert set(codes.values()) == {0}, codes
+    pytest.importorskip("mcap")
+    from mcap.reader import make_reader
+
+    with (tmp_path / "all.mcap").open("rb") as file:
+        counts = make_reader(file).get_summary().statistics.channel_message_counts
+        assert sum(counts.values()) > 100
+
+
+def test_decoding_changes_without_a_restart_and_bad_changes_are_refused(nodes, ear, params_file):
+    start(nodes, ear, params_file)
+    ear.wait_for(lambda: len(ear.infos) > 2, "chunks")
+    refused = ear.set("policy_node", "mode", "wonderful")
+    assert not refused.successful
+    assert "wonderful" in refused.reason
+    assert ear.set("policy_node", "mode", "ngram").successful
+    ear.infos.clear()
+    ear.wait_for(lambda: len(ear.infos) > 2, "chunks after the change")
+    assert not ear.set("policy_node", "model", "elsewhere").successful  # read-only
+    assert ear.state() == "active"
+
+
+def test_hold_resume_and_deactivation(nodes, ear, params_file):
+    start(nodes, ear, params_file)
+    ear.wait_for(lambda: any(np.abs(a[:3]).max() > 0.1 for _, a in ear.commands), "motion")
+    assert ear.call(Trigger, "hold", Trigger.Request()).success
+    ear.commands.clear()
+    ear.wait_for(lambda: len(ear.commands) > 10, "commands while held")
+    assert all((a[:3] == 0).all() for _, a in ear.commands[1:])
+    assert ear.call(Trigger, "resume", Trigger.Request()).success
+    ear.wait_for(lambda: np.abs(ear.commands[-1][1][:3]).max() > 0.1, "motion again")
+    ear.infos.clear()
+    assert ear.transit(Transition.TRANSITION_DEACTIVATE)
+    ear.wait_for(lambda: any(i["rung"] == "STOP" for i in ear.infos), "the stop")
+    ear.commands.clear()
+    ear.wait_for(lambda: len(ear.commands) > 30, "commands after it")
+    assert (ear.commands[-1][1][:3] == 0).all()
+    assert ear.transit(Transition.TRANSITION_CLEANUP)
+    assert ear.state() == "unconfigured"
+    assert ear.transit(Transition.TRANSITION_CONFIGURE)
+
+
+def test_a_model_that_is_not_there_leaves_the_node_unconfigured(nodes, ear, tmp_path):
+    nodes.start("policy_node", None, {"model": str(tmp_path / "nothing")})
+    assert not ear.transit(Transition.TRANSITION_CONFIGURE)
+    assert ear.state() == "unconfigured"
+    assert "no such folder" in nodes.log("policy_node")
+
+
+@pytest.mark.parametrize(
+    ("node", "params", "said"),
+    [("action_node", {"joints": "[a, b]", "kinds": "[delta, wonderful]"}, "valid: a name and one of delta"),
+     ("action_node", {"rate_hz": "0.0"}, "rate_hz"),
+     ("sim_node", {"robot": "nothing"}, "nothing"),
+     ("policy_node", {"execute_horizon": "0"}, "execute_horizon")],
+)  # fmt: skip
+def test_bad_parameters_end_a_node_with_one_sentence(nodes, node, params, said):
+    process = nodes.start(node, None, params)
+    assert process.wait(TIMEOUT_S) == 2
+    log = nodes.log(node)
+    assert said in log
+    assert "Traceback" not in log
+
+
+def test_commands_keep_their_limits_when_a_chunk_does_not(nodes, ear, params_file):
+    """A stranger's trajectory without provenance: bounded; one far outside: refused as a whole."""
+    from vla_spec.action_space import DofKind
+    from vla_spec.nodes import _messages as messages
+    from vla_spec.nodes._action_layout import ActionLayout
+    from vla_spec.types import ActionChunk, Rung
+
+    kinds = (DofKind.DELTA,) * 3 + (DofKind.SWITCH,)
+    layout = ActionLayout(("tcp_x", "tcp_y", "tcp_z", "gripper"), kinds, (0.01, 0.01, 0.01, 1.0), 0.0125)
+    # Who offers no lease on its liveliness is not heard by default, and reported: allow it.
+    nodes.start("action_node", params_file, {"use_sim_time": "false", "qos.trajectory.liveliness_s": "0.0"})
+    publisher = ear.create_publisher(JointTrajectory, "trajectory", 1)
+    ear.wait_for(lambda: publisher.get_subscription_count() == 2, "the actor")
+
+    def send(value):
+        actions = np.full((40, 4), value, np.float32)
+        stamp = ear.get_clock().now().nanoseconds
+        chunk = ActionChunk(actions, np.zeros((40, 4), np.uint8), Rung.EXACT, 1, "", stamp, 0, 0, 0, 0, np.zeros(0))
+        publisher.publish(messages.write_chunk(chunk, layout, None)[0])
+
+    send(1.6)
+    ear.wait_for(lambda: len(ear.commands) > 8, "commands")
+    assert all((np.abs(a) <= 1).all() for _, a in ear.commands)
+    ear.commands.clear()
+    send(50.0)
+    ear.wait_for(lambda: "refused as a whole" in nodes.log("action_node"), "the refusal")
+    ear.wait_for(lambda: len(ear.commands) > 8, "commands")
+    assert all((np.abs(a) <= 1).all() for _, a in ear.commands)
