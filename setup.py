@@ -10,6 +10,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 NAME = "vla_spec"
+#: Executables for `ros2 run vla_spec` and launch files.
+NODES = ["policy_node", "action_node", "sim_node", "camera_node", "monitor_node", "replay_node"]
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / NAME / "__init__.py").read_text())[1]
 
@@ -60,6 +62,11 @@ setup(
         "train": TRAIN,
         "test": sorted(set(TEST)),
     },
-    entry_points={"console_scripts": ["vla-spec = vla_spec.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "vla-spec = vla_spec.cli:main",
+            *(f"{name} = vla_spec.nodes.{name}:main" for name in NODES),
+        ]
+    },
     zip_safe=False,
 )
