@@ -36,6 +36,7 @@ class GraphWriter:
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self._known: set[str] = set()
+        self._stored: set[str] = set()
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Append a node with one output; returns the output's name."""
@@ -76,24 +77,36 @@ class GraphWriter:
         """
         if name in self._known:
             return name
+        stored = self.stored_weight(name, shape)
         self._known.add(name)
+        if stored != name:
+            self.node("Cast", [stored], name, to=self.type)
+        return name
+
+    def stored_weight(self, name: str, shape: tuple[int, ...]) -> str:
+        """The same as it is stored, without a Cast; for tables of which few rows are read.
+
+        Raises:
+            BadModel: as `weight`.
+        """
         assert self.weights is not None, name
         stored = self.weights.tensors.get(name)
         if stored is None or stored.shape != shape or stored.dtype not in _STORED:
             found = "missing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
             raise BadModel(f"{self.weights.path}: tensor {name} is {found}; valid: F16, BF16 or F32 {list(shape)}")
-        is_same = _STORED[stored.dtype] == self.type
+        kind = _STORED[stored.dtype]
         tensor = TensorProto(
-            name=name if is_same else f"{name}.stored", data_type=_STORED[stored.dtype], dims=shape,
+            name=name if kind == self.type else f"{name}.stored", data_type=kind, dims=shape,
             data_location=TensorProto.EXTERNAL,
         )  # fmt: skip
+        if tensor.name in self._stored:
+            return str(tensor.name)
+        self._stored.add(tensor.name)
         place = {"location": self.weights.path.name, "offset": stored.offset, "length": stored.length}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
-        if not is_same:
-            self.node("Cast", [tensor.name], name, to=self.type)
-        return name
+        return str(tensor.name)
 
     def add_input(self, name: str, kind: int, shape: list[int | str]) -> str:
         """Declare a graph input."""
