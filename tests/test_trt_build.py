@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -27,6 +28,9 @@ from vla_spec.engines._trt.profiles import Size  # noqa: E402
 from vla_spec.engines.build import BuildOptions, build_engine, build_graph, prepare_all  # noqa: E402
 from vla_spec.errors import BadConfig, BadModel, MissingDependency  # noqa: E402
 from vla_spec.progress import Silent  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from engine_builds import openvla_layers, write_random_model  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "models" / "metaworld"
 DEVICES = (86, 89, 120)
@@ -135,6 +139,49 @@ def test_what_the_builder_is_told_is_part_of_the_key(fp16, cache_dir):
         options(detailed=False), BuildOptions(tiers=(1, 8, 32), builder=BuilderOptions((86,))),
     ]  # fmt: skip
     assert len({fp16.key, *map(key, others)}) == 1 + len(others)
+
+
+def test_a_decoder_like_openvlas_builds_with_rotary_positions_and_grouped_queries(tmp_path):
+    """Its true structure, fewer and narrower layers; also with fewer heads for keys than for queries."""
+    for kv_heads in (4, 2):
+        spec = dataclasses.replace(
+            openvla_layers(2), num_heads=4, num_kv_heads=kv_heads, head_width=64, hidden_width=256, mlp_width=512
+        )
+        file = write_random_model(spec, tmp_path)
+        prepared = builder.prepare(file, "fp16")
+        sizes = [{"k": Size.exactly(tier)} for tier in (2, 8, 288)]
+        plan = build_graph(RTX, "decoder", prepared, sizes, options())
+        assert plan.summary["kv_updates"] == 2 * spec.num_layers
+        assert plan.summary["attentions"] == spec.num_layers
+        assert plan.summary["precisions"]["MATRIX_MULTIPLY"] == {"fp16": 5 * spec.num_layers + 1}
+        assert not plan.is_decomposed
+
+
+def test_default_tiers_cover_every_step_and_every_prompt(tmp_path):
+    fixed = ModelFiles.describe(MODEL)
+    assert profiles.default_tiers(fixed) == (1, 2, 4, 8, 16, 32)
+    assert profiles.default_tiers(dataclasses.replace(fixed, base_rows=40)) == (1, 2, 4, 8, 16, 32, 40)
+    growing = dataclasses.replace(fixed, base_rows=257, counted_input="words", decoder=openvla_layers(1))
+    assert profiles.default_tiers(growing) == (1, 2, 4, 8, 16, 32, 273, 289, 320)
+    odd = dataclasses.replace(fixed, decoder=dataclasses.replace(fixed.decoder, max_step=12))
+    assert profiles.default_tiers(odd) == (1, 2, 4, 8, 12, 13)
+    for files in (fixed, growing, odd):
+        assert profiles.check_tiers(profiles.default_tiers(files), files)
+
+
+def test_heavy_models_have_no_tier_of_their_own_for_one_token(tmp_path):
+    with (tmp_path / "target.safetensors").open("wb") as file:
+        file.truncate(profiles.HEAVY_BYTES)  # takes no room
+    assert profiles.default_tiers(dataclasses.replace(ModelFiles.describe(MODEL), path=tmp_path)) == (2, 4, 8, 16, 32)
+
+
+def test_a_counted_prompt_gets_a_range(tmp_path):
+    files = dataclasses.replace(
+        ModelFiles.describe(MODEL), base_rows=257, counted_input="words", decoder=openvla_layers(1)
+    )
+    shapes = {"pixels": (1, 6, 224, 224), "words": (1, "n")}
+    assert profiles.profiles_of("prompt", shapes, files, (2, 320)) == ({"n": Size(1, 32, 63)},)
+    assert profiles.profiles_of("prompt", {"pixels": (1, 6, 224, 224)}, files, (2, 320)) == ({},)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from vla_spec.engines._decoder_spec import DecoderSpec
-from vla_spec.engines._model_files import ModelFiles
+from vla_spec.engines._model_files import WEIGHTS, ModelFiles
 from vla_spec.errors import BadConfig
 
+#: From this size of the weights on, steps of one token are padded to two by default: TensorRT lays most matrices out
+#: anew for single rows, and an engine that has both layouts is half as large again (docs/engines.md).
+HEAVY_BYTES = 1 << 30
 #: Steps of the default prompt tiers where the prompt's length is not fixed.
 PROMPT_STEP = 16
 
@@ -40,7 +43,9 @@ SymbolicShape = tuple[int | str, ...]
 def default_tiers(files: ModelFiles) -> tuple[int, ...]:
     """Powers of two up to the largest step, then prompts: the one size that there is, or growing steps beyond it."""
     spec, step = files.decoder, files.decoder.max_step
-    tiers = [2**i for i in range(step.bit_length()) if 2**i <= step]
+    weights = files.path / WEIGHTS
+    is_heavy = step > 1 and weights.is_file() and weights.stat().st_size >= HEAVY_BYTES
+    tiers = [2**i for i in range(1 if is_heavy else 0, step.bit_length()) if 2**i <= step]
     if tiers[-1] < step:
         tiers.append(step)
     if files.counted_input is None:
