@@ -147,11 +147,6 @@ class FakeCuda:
         assert at is not None, "an event that was never recorded"
         self._drain(*at)
 
-    def let_wait(self, stream, event):
-        self._enter("let_wait")
-        at = self.events[event]["at"]
-        self.enqueue(stream, "let_wait", lambda: self._drain(*at))
-
     def elapsed_ms(self, start, end):
         assert all(self.events[event]["timing"] for event in (start, end)), "made without timing"
         return 0.25

@@ -78,6 +78,7 @@ def test_everything_from_the_command_line(place, recording, tmp_path):
         for kind in ("captured", "uncaptured"):
             assert row[kind]["n"] == 5
             assert 0 < row[kind]["min_us"] <= row[kind]["p50_us"] <= row[kind]["p99_us"]
+    assert [row.get("device_us") for row in table] == [None, *[250.0] * 6], "the double's events are 0.25 ms apart"
     calls = steps["graphs"]["facts"]["calls"]
     assert all(call["is_captured"] and call["nodes"] == 3 and call["copies"] == [1, 1] for call in calls)
     cache = steps["cache"]["facts"]

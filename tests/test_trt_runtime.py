@@ -239,6 +239,21 @@ def test_wait_says_how_the_host_waits(plans, wait, blocking):
     assert cuda.events[engine.runtime.lane.done]["blocking"] is blocking
 
 
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_time_on_the_device_is_between_two_events_and_changes_nothing(plans, inputs, mode):
+    engine, cuda, _ = start(plans, cuda_graphs=mode)
+    engine.prefill(inputs)
+    scores = chain(engine, range(4)).logits.copy()
+    call, before, num_events = engine._buffers[4].call, engine._state.read(), len(cuda.events)
+    cuda.forget()
+    assert call.time_on_device(3) == [250.0] * 3
+    once = ["record", "launch", "record", "wait"] if mode == "always" else ["record", "copy", "copy", "record", "wait"]
+    assert cuda.calls == ["event", "event", *once * 3, "destroy_event", "destroy_event"]
+    assert len(cuda.events) == num_events
+    np.testing.assert_array_equal(engine._state.read(), before)
+    np.testing.assert_array_equal(chain(engine, range(4)).logits, scores)
+
+
 def test_another_thread_gets_the_device_first(plans, inputs):
     import threading
 

@@ -44,6 +44,7 @@ MEANING = {
     "p50_us, p99_us": "one call as the host sees it, from the call to its results, percentiles over n calls behind "
     "warm_up others [us]",
     "captured, uncaptured": "one launch of a captured CUDA graph, or every copy and kernel launched one by one",
+    "device_us": "the captured round between two events in its stream, median: no host can make it shorter [us]",
     "nodes": "operations in the captured graph, copies among them",
     "changed_rows": "cache rows that a step over rows .. rows + tier - 1 has changed, read back from the device",
     "alone, beside_low, beside_same": "steps of the target with nothing else on the GPU; beside another engine that "
@@ -277,7 +278,8 @@ class GpuCheck:
         try:
             table = [self._compared("prefill", self._time_prefill, engine, plain)]
             for k in self._step_sizes():
-                table.append(self._compared(f"step {k}", partial(self._time_step, k=k), engine, plain))
+                row = self._compared(f"step {k}", partial(self._time_step, k=k), engine, plain)
+                table.append({**row, "device_us": self._time_on_device(k)})
         finally:
             _close(plain)
         slower = [row["call"] for row in table if row["captured"]["p50_us"] > row["uncaptured"]["p50_us"]]
@@ -420,6 +422,13 @@ class GpuCheck:
         self, name: str, take: Callable[[GraphEngine], Timing], engine: GraphEngine, plain: GraphEngine
     ) -> dict[str, Any]:  # fmt: skip
         return {"call": name, "captured": take(engine)._asdict(), "uncaptured": take(plain)._asdict()}
+
+    def _time_on_device(self, k: int) -> float:
+        """Median of captured rounds over k tokens as the GPU measures them, right after such a step [us]."""
+        engine: Any = self._need_engine()
+        engine.step(np.zeros(k, np.int32), _chain(k))
+        taken = engine._buffers[k].call.time_on_device(self._plan.calls)  # the same rows again: it leaves no trace
+        return round(float(np.median(taken)), 2)
 
     def _time_prefill(self, engine: GraphEngine) -> Timing:
         inputs = self._inputs()

@@ -88,11 +88,15 @@ def _verify(facts: Tree) -> list[str]:
 
 def _tiers(facts: Tree) -> list[str]:
     rows = [
-        (row["call"], *(row[kind][p] for kind in ("captured", "uncaptured") for p in ("p50_us", "p99_us")))
+        (
+            row["call"],
+            *(row[kind][p] for kind in ("captured", "uncaptured") for p in ("p50_us", "p99_us")),
+            row.get("device_us"),
+        )
         for row in facts["table"]
     ]
     first = facts["table"][0]["captured"]
-    lines = table(("call", "captured p50 us", "p99", "uncaptured p50 us", "p99"), rows)
+    lines = table(("call", "captured p50 us", "p99", "uncaptured p50 us", "p99", "on the device p50 us"), rows)
     return [*lines, "", f"{first['n']} calls each, behind {first['warm_up']} of warm-up."]
 
 

@@ -134,9 +134,6 @@ class Cuda(Protocol):
     def wait(self, event: Event) -> None:
         """The host waits for the event."""
 
-    def let_wait(self, stream: Stream, event: Event) -> None:
-        """What follows in the stream waits for the event; the host does not."""
-
     def elapsed_ms(self, start: Event, end: Event) -> float:
         """Time between two events that have happened, made with ``has_timing`` [ms]."""
 
@@ -255,9 +252,6 @@ class CudaBindings:
 
     def wait(self, event: Event) -> None:
         self._call("cudaEventSynchronize", event)
-
-    def let_wait(self, stream: Stream, event: Event) -> None:
-        self._call("cudaStreamWaitEvent", stream, event, 0)
 
     def elapsed_ms(self, start: Event, end: Event) -> float:
         return float(self._call("cudaEventElapsedTime", start, end))
