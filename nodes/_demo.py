@@ -19,7 +19,7 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 
-from vla_spec.errors import VlaSpecError
+from vla_spec.errors import NodeFailed
 from vla_spec.nodes._processes import NodeProcesses
 
 LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -29,10 +29,6 @@ LEVELS = {
     DiagnosticStatus.OK: "OK", DiagnosticStatus.WARN: "WARN", DiagnosticStatus.ERROR: "ERROR",
     DiagnosticStatus.STALE: "STALE",
 }  # fmt: skip
-
-
-class DemoFailed(VlaSpecError):
-    """A node did not do what it should, in time."""
 
 
 @dataclass(slots=True)
@@ -83,33 +79,33 @@ class Observer(Node):
         """One lifecycle transition of the policy node.
 
         Raises:
-            DemoFailed: the node is not there, or the transition failed; its log says why.
+            NodeFailed: the node is not there, or the transition failed; its log says why.
         """
         end_s = time.monotonic() + timeout_s
         while not self._change.service_is_ready():
             executor.spin_once(timeout_sec=0.1)
             if time.monotonic() > end_s:
-                raise DemoFailed("policy_node does not answer")
+                raise NodeFailed("policy_node does not answer")
         request = ChangeState.Request()
         request.transition.id = transition
         future = self._change.call_async(request)
         while not future.done():
             executor.spin_once(timeout_sec=0.1)
             if time.monotonic() > end_s:
-                raise DemoFailed(f"policy_node: transition {transition} takes longer than {timeout_s:g} s")
+                raise NodeFailed(f"policy_node: transition {transition} takes longer than {timeout_s:g} s")
         if not future.result().success:
-            raise DemoFailed(f"policy_node: transition {transition} failed")
+            raise NodeFailed(f"policy_node: transition {transition} failed")
 
 
 def run_demo(
     params_file: Path, tasks: Sequence[str], seeds: Sequence[int], out: Path, say: Callable[[str], None],
-    policy_params: dict[str, str] | None = None, sim_params: dict[str, str] | None = None, bag: bool = True,
-    timeout_s: float = 60.0,
+    policy_params: dict[str, str] | None = None, sim_params: dict[str, str] | None = None,
+    monitor_params: dict[str, str] | None = None, bag: bool = True, timeout_s: float = 60.0,
 ) -> DemoResult:  # fmt: skip
     """Play ``seeds`` of each task. Logs go to ``out/logs``, the bag to ``out/demo.mcap``.
 
     Raises:
-        DemoFailed: a node ended early or hangs; the message quotes the end of its log.
+        NodeFailed: a node ended early or hangs; the message quotes the end of its log.
     """
     environment = {
         "ROS_DOMAIN_ID": os.environ.get("ROS_DOMAIN_ID", DEMO_DOMAIN),
@@ -126,13 +122,13 @@ def run_demo(
             nodes.start("policy_node", params_file, policy_params)
             nodes.start("action_node", params_file)
             recording = {"bag": str(out / "demo.mcap")} if bag else {}
-            nodes.start("monitor_node", params_file, recording)
+            nodes.start("monitor_node", params_file, {**(monitor_params or {}), **recording})
             say("loading the policy")
             observer.transit(Transition.TRANSITION_CONFIGURE, executor, timeout_s)
             observer.transit(Transition.TRANSITION_ACTIVATE, executor, timeout_s)
             started_s = time.monotonic()
             for task in tasks:
-                _play(nodes, observer, executor, params_file, task, seeds, {**(sim_params or {})}, timeout_s)
+                _play(nodes, observer, executor, params_file, task, seeds, sim_params or {}, timeout_s)
                 outcomes = observer.take_outcomes()
                 result.outcomes += outcomes
                 say(f"{task}: {sum(o['success'] for o in outcomes)} of {len(outcomes)}")
@@ -163,8 +159,8 @@ def _play(
         dead = [name for name, process in nodes.running.items() if name != "sim_node" and process.poll() is not None]
         if dead or time.monotonic() > end_s:
             what = f"{dead[0]} ended" if dead else f"{task} takes longer than {timeout_s:g} s per episode"
-            raise DemoFailed(f"{what}; the last lines of its log:\n{nodes.log(dead[0] if dead else 'sim_node')[-800:]}")
+            raise NodeFailed(f"{what}; the last lines of its log:\n{nodes.log(dead[0] if dead else 'sim_node')[-800:]}")
     executor.spin_once(timeout_sec=0.2)
     if nodes.end("sim_node") != 0:
-        raise DemoFailed(f"sim_node failed:\n{nodes.log('sim_node')[-800:]}")
+        raise NodeFailed(f"sim_node failed:\n{nodes.log('sim_node')[-800:]}")
     nodes.end("camera_node")

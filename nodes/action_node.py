@@ -146,7 +146,8 @@ class ActionNode(Node):
     # Commands out.
 
     def _tick(self) -> None:
-        self._ticks.begin(time.monotonic_ns())
+        # On the clock that paces: simulated time may run at another speed than the wall clock.
+        self._ticks.begin(self.get_clock().now().nanoseconds if self._is_clock_simulated else time.monotonic_ns())
         self._take()
         if self._epoch_ns is None:
             return  # nothing was ever commanded: there is nothing to hold that would not be a motion

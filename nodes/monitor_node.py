@@ -35,6 +35,8 @@ PARAMETERS = (
     Parameter("bag", "", "MCAP file to record into; empty = none"),
     Parameter("bag_topics", [""], "topics to record; empty = all that exist when the node starts and later"),
 )
+#: No command for so long: nobody was asked to move [ns].
+PAUSE_NS = 500_000_000
 #: Chunks that statistics look back on.
 WINDOW = 512
 LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -56,7 +58,7 @@ class MonitorNode(Node):
         self._age_ms: deque[float] = deque(maxlen=WINDOW)
         self._is_late: deque[bool] = deque(maxlen=WINDOW)
         self._rungs: dict[str, int] = {}
-        self._commands = TickStatistics(round(1e9 / self._values["command_rate_hz"]))
+        self._commands = TickStatistics(round(1e9 / self._values["command_rate_hz"]), pause_ns=PAUSE_NS)
         self._num_refused = 0
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_subscription(DiagnosticArray, "status", self._on_status, 10)

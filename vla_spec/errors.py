@@ -67,6 +67,10 @@ class SlowPath(VlaSpecError):
     """The library would run somewhere slower than what was asked for."""
 
 
+class NodeFailed(VlaSpecError):
+    """A node, a process of its own, did not do what it should in time; the message quotes its log."""
+
+
 class MissingDependency(VlaSpecError):
     """A library that this command needs and the machine lacks."""
 
