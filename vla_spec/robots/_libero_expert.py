@@ -84,14 +84,14 @@ def expert_action(scene: Scene) -> Float32:
     low, high = scene.object[:, 2].min(), scene.object[:, 2].max()
     if scene.is_placed:
         return _towards(scene, scene.hand + (0, 0, CLEARANCE_M), 0.0, OPEN)
+    middle = (scene.object.min(axis=0) + scene.object.max(axis=0)) / 2
+    across = scene.container[:2] - middle[:2]
+    if np.hypot(*across) < ABOVE_M and low > scene.container[2]:
+        # Let go, whether it is still held or not: asking again for a touch that opening ends would close in turn.
+        return _towards(scene, scene.hand, 0.0, OPEN)
     if scene.is_held:
-        # The object hangs in the hand: everything is about where its lowest point and its middle are.
+        # The object hangs in the hand: what counts is where its lowest point and its middle are.
         lift = scene.container[2] + CLEARANCE_M - low
-        middle = (scene.object.min(axis=0) + scene.object.max(axis=0)) / 2
-        across = scene.container[:2] - middle[:2]
-        is_above = np.hypot(*across) < ABOVE_M
-        if is_above:
-            return _towards(scene, scene.hand, 0.0, OPEN)
         if lift > CLEARANCE_M / 2:  # not yet over the rim: straight up
             across = across * 0.0
         return _towards(scene, scene.hand + (*across, lift), 0.0, CLOSE)
