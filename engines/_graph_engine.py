@@ -76,6 +76,7 @@ class GraphEngine:
         self._token = weights.read(files.token_embedding)
         self._position = weights.read(files.position_embedding) if files.position_embedding else None
         self._features = np.zeros((spec.rows, spec.feature_width), np.float32)
+        self._prompt_embeds = np.zeros((0, spec.hidden_width), np.float32)
         self._causal = np.tri(spec.max_step, dtype=bool)
         self._chain = np.arange(-1, spec.max_step - 1, dtype=np.int32)
         self._counting = np.arange(spec.rows, dtype=np.int64)
@@ -111,6 +112,11 @@ class GraphEngine:
         """float32 [length, F], valid until the next `prefill`."""
         return self._features[: self._length]
 
+    @property
+    def prompt_embeds(self) -> Float32:
+        """float32 [p, D], what the decoder read as the prompt, valid until the next `prefill`."""
+        return self._prompt_embeds
+
     def prefill(self, inputs: EngineInputs) -> Scores:
         """Start over. Returns one row, about the first token of the chunk."""
         if self._is_dirty:
@@ -131,6 +137,7 @@ class GraphEngine:
         buffers.call.run()
         logits, features = buffers.logits[p - 1 : p], buffers.features[:p]
         self._features[:p] = features
+        self._prompt_embeds = buffers.embeds[:p]
         self._length, self._current = p, None
         self._note_bad_numbers(logits)
         return Scores(logits, features[-1:])

@@ -101,6 +101,15 @@ class ModelFiles:
         return self.base_rows + (inputs[self.counted_input].shape[-1] if self.counted_input else 0)
 
 
+def adapter_of(path: Path) -> str:
+    """Name of the adapter plugin that a folder's policy.json is for; a wrong file is that adapter's to report."""
+    try:
+        values = json.loads((path / "policy.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "vla"
+    return str(values.get("adapter", "vla")) if isinstance(values, dict) else "vla"
+
+
 def require_model_dir(path: Path | None) -> Path:
     """The folder, if it holds a model.
 

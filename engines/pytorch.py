@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines._graph_runtime import Array, State, TensorSpec
 from vla_spec.engines._host_state import HostState
-from vla_spec.engines._model_files import WEIGHTS, require_model_dir
+from vla_spec.engines._model_files import WEIGHTS, adapter_of, require_model_dir
 from vla_spec.errors import BadModel, MissingDependency
 from vla_spec.plugins import Parts
 
@@ -91,13 +91,21 @@ class PyTorchRuntime:
         Raises:
             BadModel: weights missing, incomplete or corrupt; or there is no such network.
         """
-        from vla_spec.engines.nets.graphs import reference_module
+        from vla_spec.engines.nets.graphs import HEADS, head_module, reference_module
         from vla_spec.engines.nets.weights import load_model
 
-        weights = file.parent / WEIGHTS
-        if weights not in self._models:
-            self._models[weights] = load_model(weights)
-        module, inputs, outputs = reference_module(file.stem, self._models[weights])
+        if file.stem in HEADS:
+            head, inputs, outputs = head_module(file.stem, file.with_suffix(".safetensors"))
+            return TorchGraph(self._torch, head, _specs(inputs), _specs(outputs))
+        if adapter_of(file.parent) == "openvla":
+            from vla_spec.engines.nets.openvla import reference
+
+            module, inputs, outputs = reference.reference_module(file)
+        else:
+            weights = file.parent / WEIGHTS
+            if weights not in self._models:
+                self._models[weights] = load_model(weights)
+            module, inputs, outputs = reference_module(file.stem, self._models[weights])
         if module is None:
             raise BadModel(f"{file}: the PyTorch engine has no network of this name")
         return TorchGraph(self._torch, module, _specs(inputs), _specs(outputs))

@@ -23,6 +23,7 @@ from vla_spec.clock import Clock, MonotonicClock, VirtualClock
 from vla_spec.config import Choice, Config, as_options, build_options, find_model, load_plugin
 from vla_spec.costs import Costs
 from vla_spec.decoder import SpeculativeDecoder
+from vla_spec.engines._model_files import adapter_of
 from vla_spec.errors import BadModel
 from vla_spec.interfaces import AcceptanceRule, Adapter, DeadlineController, Drafter, Engine
 from vla_spec.policy import Policy
@@ -203,7 +204,7 @@ def _engine_key(config: Config) -> str:
 
 
 def _default_adapter(config: Config) -> Choice:
-    name = "toy" if config.engine.name in WITHOUT_MODEL else "vla"
+    name = "toy" if config.engine.name in WITHOUT_MODEL else adapter_of(find_model(config.model))
     return Choice(name, load_plugin("adapter", name).options())
 
 

@@ -6,10 +6,11 @@ Heavy imports happen inside the commands, so that `--version` and `--help` are i
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -44,15 +45,39 @@ def _root(
         typer.echo(context.get_help())
 
 
+def _alone(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that stands for a group: it runs if none of the group's own commands is named."""
+
+    def callback(context: typer.Context, **options: Any) -> None:
+        if context.invoked_subcommand is None:
+            command(**options)
+
+    hints = get_type_hints(command, include_extras=True)
+    own = [p.replace(annotation=hints[name]) for name, p in inspect.signature(command).parameters.items()]
+    first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    callback.__doc__ = command.__doc__
+    callback.__annotations__ = {"context": typer.Context, **{p.name: p.annotation for p in own}}
+    callback.__signature__ = inspect.Signature([first, *own])  # type: ignore[attr-defined]
+    return callback
+
+
 def _register(root: typer.Typer) -> None:
-    """Each file of the folder `commands` is a command; `group_name.py` is the command `name` of the group `group`."""
+    """Each file of the folder `commands` is a command; `group_name.py` is the command `name` of the group `group`.
+
+    Where there is a `group.py` as well, the group alone is that command.
+    """
     groups: dict[str, typer.Typer] = {}
     folder = Path(__file__).parent / "commands"
-    for name in sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")):
+    names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    for name in names:
         module = importlib.import_module(f"vla_spec.commands.{name}")
         group, _, inner = name.partition("_")
         if not inner:
-            root.command(name)(module.command)
+            if not any(other.startswith(f"{name}_") for other in names):
+                root.command(name)(module.command)
+                continue
+            groups[name] = typer.Typer(invoke_without_command=True, callback=_alone(module.command))
+            root.add_typer(groups[name], name=name)
             continue
         if group not in groups:
             groups[group] = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

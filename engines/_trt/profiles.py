@@ -166,7 +166,8 @@ _PROFILES: dict[str, Callable[[ModelFiles, Mapping[str, SymbolicShape], Sequence
     "prompt": _prompt,
     "block_head": _block_head,
     "feature_head": _feature_head,
+    "spec_vla_head": _decoder,  # the same mask and cache, so the same sizes
 }
 #: Graphs of a model folder that engines are built from, in this order; drafters' only where they are there.
-GRAPHS = ("prompt", "decoder", "commit", "block_head", "feature_head")
+GRAPHS = ("prompt", "decoder", "commit", "block_head", "feature_head", "spec_vla_head")
 REQUIRED = ("prompt", "decoder", "commit")

@@ -147,12 +147,12 @@ def decoder_model(spec: DecoderSpec, weights: WeightsFile, precision: Precision 
     x = writer.node("Cast", ["embeds"], "x", to=writer.type)
     taps = []
     for i in range(spec.num_layers):
-        x = _layer(writer, spec, i, x)
+        x = layer(writer, spec, i, x)
         if i + 1 in spec.taps:
             taps.append(x)
     x = _norm(writer, spec, "final_norm", x)
     has_bias = "head.bias" in weights.tensors
-    logits = _linear(writer, "head", x, spec.hidden_width, spec.vocab_size, has_bias, "head.out")
+    logits = linear(writer, "head", x, spec.hidden_width, spec.vocab_size, has_bias, "head.out")
     features = writer.node("Concat", [*taps, x], "features.all", axis=-1) if taps else x
     for value, name, width in ((logits, "logits", spec.vocab_size), (features, "features", spec.feature_width)):
         # A Cast even where nothing is cast, so that the outputs have these names; the libraries remove it.
@@ -163,12 +163,12 @@ def decoder_model(spec: DecoderSpec, weights: WeightsFile, precision: Precision 
     return writer.model("decoder")
 
 
-def _layer(writer: GraphWriter, spec: DecoderSpec, i: int, x: str) -> str:
-    """One pre-norm transformer layer over x [k, D]."""
+def layer(writer: GraphWriter, spec: DecoderSpec, i: int, x: str, has_norm1: bool = True) -> str:
+    """One pre-norm transformer layer over x [k, D]; without ``has_norm1`` attention reads x as it is."""
     prefix, width = f"blocks.{i}", spec.head_width
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
-    y = _norm(writer, spec, f"{prefix}.norm1", x)
-    y = _linear(
+    y = _norm(writer, spec, f"{prefix}.norm1", x) if has_norm1 else x
+    y = linear(
         writer, f"{prefix}.qkv", y, spec.hidden_width, (heads + 2 * kv_heads) * width, False, f"{prefix}.qkv.out"
     )
     parts = [f"{prefix}.{kind}" for kind in ("query", "key", "value")]
@@ -191,23 +191,23 @@ def _layer(writer: GraphWriter, spec: DecoderSpec, i: int, x: str) -> str:
     y = writer.node(
         "Reshape", [y, writer.constant("flat", np.array([-1, heads * width], np.int64))], f"{prefix}.mixed.flat"
     )
-    y = _linear(writer, f"{prefix}.out", y, heads * width, spec.hidden_width, False, f"{prefix}.out.out")
+    y = linear(writer, f"{prefix}.out", y, heads * width, spec.hidden_width, False, f"{prefix}.out.out")
     x = writer.node("Add", [x, y], f"{prefix}.attended")
     y = _norm(writer, spec, f"{prefix}.norm2", x)
     has_bias = spec.mlp == "gelu"
-    hidden = _linear(writer, f"{prefix}.up", y, spec.hidden_width, spec.mlp_width, has_bias, f"{prefix}.up.out")
+    hidden = linear(writer, f"{prefix}.up", y, spec.hidden_width, spec.mlp_width, has_bias, f"{prefix}.up.out")
     if spec.mlp == "gelu":
         hidden = writer.node("Gelu", [hidden], f"{prefix}.gelu")
     else:
-        gate = _linear(writer, f"{prefix}.gate", y, spec.hidden_width, spec.mlp_width, False, f"{prefix}.gate.out")
+        gate = linear(writer, f"{prefix}.gate", y, spec.hidden_width, spec.mlp_width, False, f"{prefix}.gate.out")
         sigmoid = writer.node("Sigmoid", [gate], f"{prefix}.sigmoid")
         gate = writer.node("Mul", [gate, sigmoid], f"{prefix}.silu")
         hidden = writer.node("Mul", [gate, hidden], f"{prefix}.gated")
-    y = _linear(writer, f"{prefix}.down", hidden, spec.mlp_width, spec.hidden_width, has_bias, f"{prefix}.down.out")
+    y = linear(writer, f"{prefix}.down", hidden, spec.mlp_width, spec.hidden_width, has_bias, f"{prefix}.down.out")
     return writer.node("Add", [x, y], f"{prefix}.x")
 
 
-def _linear(
+def linear(
     writer: GraphWriter, name: str, x: str, width_in: int, width_out: int, has_bias: bool, output: str
 ) -> str:  # fmt: skip
     """X [k, width_in] times the stored [width_out, width_in] matrix, transposed by Gemm itself."""

@@ -148,8 +148,6 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
 
     The full vocabulary has its empty word where the published one has it.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
-
     tk = importlib.import_module("tokenizers")
     decoders, normalizers, processors = (
         importlib.import_module(f"tokenizers.{name}") for name in ("decoders", "normalizers", "processors")
