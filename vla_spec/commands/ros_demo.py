@@ -48,7 +48,7 @@ def command(
         typer.Option(
             min=0.05,
             max=10,
-            help="Simulated seconds per second. Default: 1, or 0.5 with fewer than 4 cores, on which physics, drawing and "
+            help="Simulated seconds per second. Default: 1, or 0.5 with fewer than 4 cores, where physics, drawing and "
             "the policy get in each other's way.",
         ),
     ] = None,
