@@ -201,7 +201,8 @@ def test_the_client_gives_out_the_newest_chunk_only():
         assert planner.wait(PATIENCE_S)
         assert planner.poll(time.monotonic_ns()).observation_step == 3
         assert planner.poll(time.monotonic_ns()) is None
-        assert planner.num_overtaken == 2
+        assert planner.num_overtaken in (1, 2)  # the first one's answer may have been there before the second was sent
+        assert planner.num_lost == 0
 
 
 def test_clients_take_turns_and_have_ladders_of_their_own():
@@ -335,7 +336,7 @@ def test_fuzzed_messages_leave_the_server_as_it_was(one_server, data):
 
 @pytest.fixture(scope="module")
 def one_server():
-    with serving() as server, greeted(server.address) as socket:
+    with serving(silent_after_ms=1e9) as server, greeted(server.address) as socket:
         yield server, socket, [1000]
         for _ in range(100):  # what fuzzed requests were answered with
             socket.send(encode(ask(2**62, 5)))
@@ -382,7 +383,8 @@ def stranger():
 def test_a_client_survives_a_server_that_talks_nonsense():
     with stranger() as (address, socket), connected(address, is_connected=False, gone_after_ms=60_000) as planner:
         client, _ = socket.recv_multipart()
-        for frame in (b"", b"\xc1" * 50, encode(Answer(0, None, None, None, 0, 0)), encode(WELCOME)[:-5], encode(Hello())):
+        neither = encode(Answer(0, None, None, None, 0, 0))
+        for frame in (b"", b"\xc1" * 50, neither, encode(WELCOME)[:-5], encode(Hello())):
             socket.send_multipart([client, frame])
         socket.send_multipart([client, b"two", b"frames"])
         socket.send_multipart([client, encode(WELCOME)])
@@ -490,22 +492,20 @@ def test_a_server_that_falls_silent_is_gone_and_its_observation_is_lost():
         planner.submit(request())
         assert not planner.wait(PATIENCE_S)  # ended by the loss, not by patience
         assert planner.wait_for(Link.PLANNER_GONE, PATIENCE_S) is Link.PLANNER_GONE
-        assert planner.trouble == "no sign of life for 50 ms"
+        assert planner.loss == "no sign of life for 50 ms"
         assert (planner.num_gone, planner.num_lost) == (1, 1)
         assert planner.poll(time.monotonic_ns()) is None
         assert planner.is_busy
 
 
 def test_a_server_with_another_model_is_not_taken_for_the_old_one():
-    with serving() as server:
-        address = server.address
-        with contextlib.ExitStack() as stack:
-            planner = stack.enter_context(connected(address))
-            server.stop()
-            assert planner.wait_for(Link.PLANNER_GONE, PATIENCE_S) is Link.PLANNER_GONE
-            with serving(bind=address, welcome=dataclasses.replace(WELCOME, model_hash="cd")):
-                assert planner.wait_for(Link.REFUSED, PATIENCE_S) is Link.REFUSED
-                assert planner.trouble == f"model: the client has {'ab' * 32}, the server cd"
+    with contextlib.ExitStack() as stack:
+        with serving() as server:
+            planner = stack.enter_context(connected(server.address))
+        assert planner.wait_for(Link.PLANNER_GONE, PATIENCE_S) is Link.PLANNER_GONE
+        with serving(bind=server.address, welcome=dataclasses.replace(WELCOME, model_hash="cd")):
+            assert planner.wait_for(Link.REFUSED, PATIENCE_S) is Link.REFUSED
+            assert planner.trouble == f"model: the client has {'ab' * 32}, the server cd"
 
 
 def test_a_silent_client_loses_its_place_and_a_living_one_comes_back_by_itself():

@@ -51,7 +51,7 @@ NS_PER_MS = 1_000_000
 _KEPT = 100_000
 #: Most that a message may take of what is left, so that no deadline is so far in the future that it is refused [ns].
 _MOST_REMAINING_NS = 10**14
-_EVENTS = {
+_EVENTS: dict[int, str] = {
     zmq.Event.CONNECT_RETRIED: "nobody listens there",
     zmq.Event.HANDSHAKE_FAILED_AUTH: "the server does not know this client's key",
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "no common protocol: keys on one side only, or another service",
@@ -168,8 +168,8 @@ class RemotePlanner:
         #: How often the server was lost; observations without a chunk: lost on the way or with the server, overtaken
         #: by a newer one, too large for the protocol; messages of the server that were refused.
         self.num_gone = self.num_lost = self.num_overtaken = self.num_unsent = self.num_bad = 0
-        #: What is known about why there is no connection, for people; empty = nothing is wrong.
-        self.trouble = ""
+        #: What is known about why there is no connection, and why the last one ended, for people; empty = nothing is.
+        self.trouble = self.loss = ""
         #: What serves; None before the first welcome.
         self.welcome: Welcome | None = None
         self.link = Link.CONNECTING
@@ -278,7 +278,8 @@ class RemotePlanner:
         if self._is_stopping:
             return
         self._is_stopping = True
-        self._wake_out.send(b"")
+        with contextlib.suppress(zmq.Again):
+            self._wake_out.send(b"", zmq.NOBLOCK)
         self._thread.join()
         self._wake_out.close(0)
         self._context.term()
@@ -295,20 +296,22 @@ class RemotePlanner:
 
     def _serve(self) -> None:
         self._open()
-        while not self._is_stopping:
-            self._poller.poll(self._timeout_ms())
-            while self._receive():
-                pass
-            self._watch()
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    self._wake_in.recv(zmq.NOBLOCK)
-            self._send_newest()
-            self._tend(self._now_ns())
-        if self.link is Link.READY:
-            self._send(Bye())
-        self._close(linger_ms=200)
-        self._wake_in.close(0)
+        try:
+            while not self._is_stopping:
+                self._poller.poll(self._timeout_ms())
+                while self._receive():
+                    pass
+                self._watch()
+                with contextlib.suppress(zmq.Again):
+                    while True:
+                        self._wake_in.recv(zmq.NOBLOCK)
+                self._send_newest()
+                self._tend(self._now_ns())
+            if self.link is Link.READY:
+                self._send(Bye())
+        finally:
+            self._close(linger_ms=200)
+            self._wake_in.close(0)
 
     def _open(self) -> None:
         socket = self._context.socket(zmq.DEALER)
@@ -468,15 +471,19 @@ class RemotePlanner:
         self._outcomes.put(_Outcome(asked.number, chunk))
 
     def _watch(self) -> None:
-        """What the transport has to say about a connection that does not come."""
-        with contextlib.suppress(zmq.ZMQError):
-            while self._monitor.poll(0):
-                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-                if self.link in (Link.CONNECTING, Link.PLANNER_GONE):
-                    said = _EVENTS.get(zmq.Event(event["event"]), "")
-                    is_about_keys = "handshake" in self.trouble or "key" in self.trouble
-                    if said and not (is_about_keys and event["event"] in (zmq.EVENT_DISCONNECTED, 0)):
-                        self.trouble = said
+        """What the transport has to say: why a connection does not come, and that it broke."""
+        is_lost = False
+        while self._monitor.poll(0):
+            kind = recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"]
+            if self.link is Link.READY or self._is_probing:
+                is_lost = is_lost or kind == zmq.EVENT_DISCONNECTED
+            elif kind in _EVENTS and not (kind == zmq.EVENT_DISCONNECTED and self.trouble):
+                self.trouble = _EVENTS[kind]
+        if is_lost:
+            while self._receive():  # what came before it broke
+                pass
+            if self.link is Link.READY or self._is_probing:
+                self._go("the connection was closed")
 
     def _tend(self, now_ns: int) -> None:
         """Knock, ask for a sign of life, notice that there is none."""
@@ -509,6 +516,7 @@ class RemotePlanner:
         self._knocked_ns = self._now_ns()
         if was_ready:
             self.num_gone += 1
+            self.loss = why
             self._settle(Link.PLANNER_GONE, why)
 
     def _lose(self) -> None:

@@ -264,7 +264,7 @@ class PlanServer:
         """Say goodbye and free everything. From the thread of `run`, or where it never ran."""
         self._is_stopping = True
         if self._thread is not None:
-            self._wake_out.send(b"")
+            self._wake()
             self._thread.join()
             self._thread = None
             self._wake_out.close(0)
@@ -287,7 +287,12 @@ class PlanServer:
         self._took_ns.append(self._now_ns() - start_ns)
         self._planned.append(_Planned(job, chunk, record))
         self._turns.done()
-        self._wake_out.send(b"")
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the listening thread look; it may have ended, or not have looked yet."""
+        with contextlib.suppress(zmq.Again):
+            self._wake_out.send(b"", zmq.NOBLOCK)
 
     # --- the listening thread ---
 
@@ -428,8 +433,8 @@ class PlanServer:
         )
         session.next_chunk_id += 1
         held_ns = self._now_ns() - zero_ns
-        self._send(job.client, Answer(job.ask.id, None, chunk, planned.record, chunk.start_ns, held_ns))
         self.tally.add(planned.record, chunk.start_ns, held_ns, is_late=held_ns > job.due_ns - zero_ns)
+        self._send(job.client, Answer(job.ask.id, None, chunk, planned.record, chunk.start_ns, held_ns))
 
     def _send(self, client: bytes, reply: Reply) -> None:
         """To a client, or to nobody if it is gone; never waits."""
