@@ -55,6 +55,7 @@ def command(
         return
     if model is None:
         raise BadConfig("which model? name its folder: vla-spec build DIR")
+    from vla_spec.engines._model_manifest import check_manifest
     from vla_spec.engines._trt.builder import BuilderOptions
     from vla_spec.engines.build import BuildOptions, build_engine
     from vla_spec.progress import LiveProgress
@@ -68,6 +69,7 @@ def command(
         ),
     )
     folder = _folder(model)
+    check_manifest(folder)
     # A small drafter model is a model folder of its own, and an engine of its own.
     for one in (folder, folder / "small"):
         if one == folder or (one / "engine.json").is_file():

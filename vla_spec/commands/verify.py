@@ -55,6 +55,7 @@ def command(
     from vla_spec.assemble import Assembler
     from vla_spec.engines import verify as verifying
     from vla_spec.engines._model_files import GOLDEN
+    from vla_spec.engines._model_manifest import check_manifest
     from vla_spec.plugins import Parts
     from vla_spec.progress import LiveProgress
     from vla_spec.results import environment
@@ -82,6 +83,7 @@ def command(
     gates = verifying.read_thresholds(thresholds or verifying.THRESHOLDS, tested.info.precision)
     model_dir = assembler.model_dir(config)
     assert model_dir is not None
+    check_manifest(model_dir)
     with writable(out, "verify") as folder, LiveProgress() as progress:
         result = verifying.verify(
             tested, trusted, [adapter.encode(one) for one in seen], adapter.domain.num_tokens, gates,
