@@ -74,6 +74,7 @@ class Link(Enum):
     READY = "ready"
     PLANNER_GONE = "planner_gone"  # was there, and does not answer any more; the client keeps trying
     REFUSED = "refused"  # does not fit, `RemotePlanner.trouble` says what; trying again is no use
+    CLOSED = "closed"  # `RemotePlanner.close` was called
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ class RemotePlanner:
         Raises:
             PlannerGone: no answer in time, or one that says what does not fit.
         """
-        self.wait_for((Link.READY, Link.REFUSED), timeout_s)
+        self.wait_for((Link.READY, Link.REFUSED, Link.CLOSED), timeout_s)
         if self.link is Link.REFUSED:
             raise PlannerGone(f"planner at {self.options.connect}: {self.trouble}")
         if self.link is not Link.READY or self.welcome is None:
@@ -235,6 +236,9 @@ class RemotePlanner:
         self._number += 1
         self._is_waiting = self.is_busy = True
         self._held = None
+        if self._is_stopping:
+            self._is_waiting = False
+            return
         self._outbox.put(_Submitted(self._number, self._episode, request, self._now_ns()))
         with contextlib.suppress(zmq.Again):  # then it is awake anyway
             self._wake_out.send(b"", zmq.NOBLOCK)
@@ -281,6 +285,7 @@ class RemotePlanner:
         with contextlib.suppress(zmq.Again):
             self._wake_out.send(b"", zmq.NOBLOCK)
         self._thread.join()
+        self._settle(Link.CLOSED, "")
         self._wake_out.close(0)
         self._context.term()
 
@@ -310,6 +315,7 @@ class RemotePlanner:
             if self.link is Link.READY:
                 self._send(Bye())
         finally:
+            self._lose()
             self._close(linger_ms=200)
             self._wake_in.close(0)
 

@@ -132,7 +132,7 @@ def run_remote_episode(
 
 
 def _await_server(planner: RemotePlanner, patience_s: float) -> None:
-    if planner.wait_for((Link.READY, Link.REFUSED), patience_s) is not Link.READY:
+    if planner.wait_for((Link.READY, Link.REFUSED, Link.CLOSED), patience_s) is not Link.READY:
         raise PlannerGone(f"planner at {planner.options.connect}: {planner.link.value}, {planner.trouble}")
 
 
