@@ -30,14 +30,17 @@ from vla_spec.engines._model_files import (
     hash_weights,
 )
 from vla_spec.engines._safetensors import WeightsFile
+from vla_spec.engines.graphs.block_head import block_head_model
 from vla_spec.engines.graphs.commit import commit_model
 from vla_spec.engines.graphs.decoder import decoder_model
+from vla_spec.engines.graphs.feature_head import feature_head_model
 from vla_spec.engines.nets.block_head import BlockHead
 from vla_spec.engines.nets.feature_head import FeatureHead
-from vla_spec.engines.nets.graphs import BlockDraft, FeatureDraft, Prompt
+from vla_spec.engines.nets.graphs import Prompt
+from vla_spec.engines.nets.head_config import TARGET_KEY, HeadConfig
 from vla_spec.engines.nets.levels import NUM_BINS, TOKENIZER_HIGH, TOKENIZER_LOW
 from vla_spec.engines.nets.vla import VLA
-from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, read_weights, save_half
+from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, save_half
 
 OPSET = 17
 SMALL = 64  # weights of fewer elements stay in the graph
@@ -189,48 +192,22 @@ def write_golden(out: Path, inputs: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **golden)  # type: ignore[arg-type]
 
 
-def export_block_head(head: BlockHead, out: Path) -> None:
-    """Write block_head.safetensors and block_head.onnx into a model folder."""
-    c = head.config
-    weights_file = out / "block_head.safetensors"
-    save_half(weights_file, head.state_dict(), {"config": c.to_json()})
-    weights, _ = read_weights(weights_file)
-    head.load_state_dict(weights)
-    width = c.width // c.num_heads
-    past = torch.zeros(c.num_heads, head.capacity, width)
-    inputs = (
-        torch.zeros(3, c.feature_width), torch.arange(3), past, past, torch.zeros(1, 1, head.capacity + 3),
-        torch.zeros(1, dtype=torch.long), torch.arange(5), torch.zeros(5, dtype=torch.long),
-    )  # fmt: skip
-    names = ["features", "row", "past_key", "past_value", "mask", "last", "position", "history"]
-    dynamic = {"features": {0: "r"}, "row": {0: "r"}, "mask": {2: "all"}, "position": {0: "n"}, "history": {0: "n"}}
-    dynamic |= {"tokens": {0: "n"}, "probs": {0: "n"}, "keys": {1: "r"}, "values": {1: "r"}}
-    with torch.inference_mode():
-        export_graph(
-            BlockDraft(head.eval()), inputs, names, ["tokens", "probs", "keys", "values"], dynamic, weights_file,
-            out / "block_head.onnx",
-        )  # fmt: skip
+def export_head(name: str, head: BlockHead | FeatureHead, out: Path) -> None:
+    """Write the weights and the graph of a drafter's head into the folder of the policy that it was distilled for."""
+    target = hash_weights(out)
+    save_half(out / f"{name}.safetensors", head.state_dict(), {"config": head.config.to_json(), TARGET_KEY: target})
+    write_head_graph(name, out)
 
 
-def export_feature_head(head: FeatureHead, out: Path) -> None:
-    """Write feature_head.safetensors and feature_head.onnx into a model folder."""
-    c = head.config
-    weights_file = out / "feature_head.safetensors"
-    save_half(weights_file, head.state_dict(), {"config": c.to_json()})
-    weights, _ = read_weights(weights_file)
-    head.load_state_dict(weights)
-    past = torch.zeros(c.num_heads, head.capacity, c.width // c.num_heads)
-    inputs = (
-        torch.zeros(3, c.feature_width), torch.zeros(3, c.width), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long),
-        torch.arange(3), past, past, torch.zeros(3, head.capacity + 3),
-    )  # fmt: skip
-    names = ["features", "hidden", "is_own", "tokens", "position", "past_key", "past_value", "mask"]
-    dynamic = {name: {0: "r"} for name in ("features", "hidden", "is_own", "tokens", "position")}
-    dynamic |= {"past_key": {1: "past"}, "past_value": {1: "past"}}
-    dynamic |= {"mask": {0: "r", 1: "all"}, "best": {0: "r"}, "logp": {0: "r"}, "out": {0: "r"}}
-    dynamic |= {"keys": {1: "r"}, "values": {1: "r"}}
-    with torch.inference_mode():
-        export_graph(
-            FeatureDraft(head.eval()), inputs, names, ["best", "logp", "out", "keys", "values"], dynamic, weights_file,
-            out / "feature_head.onnx",
-        )  # fmt: skip
+def write_head_graph(name: str, out: Path) -> None:
+    """Write ``name.onnx`` beside its weights.
+
+    Raises:
+        BadModel: weights that are missing, corrupt or incomplete.
+    """
+    weights = WeightsFile.open(out / f"{name}.safetensors")
+    config = HeadConfig.from_json(weights.metadata.get("config", ""), str(weights.path))
+    model = (block_head_model if name == "block_head" else feature_head_model)(config, weights)
+    with replacing(out / f"{name}.onnx") as temporary:
+        temporary.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(out / f"{name}.onnx"))

@@ -43,8 +43,8 @@ def write_model(out):
         "state": rng.normal(size=(1, 4)).astype(np.float32),
     }
     export.export_policy(VLA(TINY).eval(), WORDS, out, inputs)
-    export.export_block_head(BlockHead(HEAD_SIZES), out)
-    export.export_feature_head(FeatureHead(HEAD_SIZES), out)
+    export.export_head("block_head", BlockHead(HEAD_SIZES), out)
+    export.export_head("feature_head", FeatureHead(HEAD_SIZES), out)
     return out
 
 

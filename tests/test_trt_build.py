@@ -92,12 +92,12 @@ def test_it_is_found_by_a_runtime_and_not_built_again(fp16, cache_dir):
         assert cache.load(MODEL, wanted, cache_dir) == fp16
 
 
-def test_one_profile_per_tier_and_the_drafters_sizes_add_up(fp16):
+def test_one_profile_per_tier_and_one_range_for_each_size_of_the_drafters(fp16):
     assert fp16.identity.profiles["decoder"] == [{"k": [k, k, k]} for k in (1, 8, 32)]
-    (block,), (feature,) = fp16.identity.profiles["block_head"], fp16.identity.profiles["feature_head"]
     spec = ModelFiles.describe(MODEL).decoder
-    assert block["all"] == [spec.capacity + r for r in block["r"]]
-    assert feature["all"] == [a + b for a, b in zip(feature["past"], feature["r"], strict=True)]
+    rows, positions = [1, 8, spec.capacity], [1, 32, 32]
+    assert fp16.identity.profiles["block_head"] == [{"r": rows, "n": positions}]
+    assert fp16.identity.profiles["feature_head"] == [{"n": rows}]
 
 
 def test_a_drafter_model_of_its_own_builds_and_says_that_no_attention_kernel_fits(cache_dir):
@@ -314,10 +314,16 @@ def test_contradictory_profiles_are_refused(sizes, says, model):
 
 
 def test_profiles_whose_inputs_contradict_each_other_are_refused_by_the_builder_and_told(model):
-    """The mask of the feature head is as wide as its cache and its rows together."""
-    sizes = [{"r": Size.exactly(4), "past": Size.exactly(50), "all": Size.exactly(50)}]
-    with pytest.raises(BadModel, match=r"feature_head\.onnx: tensorrt-rtx .* can't build it .*broadcast"):
-        build_one(model, "feature_head", sizes=sizes)
+    """The drafted positions of the block head have a row each in its mask, whatever their sizes are called."""
+
+    def change(graph):
+        mask = next(value for value in graph.graph.input if value.name == "mask")
+        mask.type.tensor_type.shape.dim[2].dim_param = "others"
+
+    edit_graph(model / "block_head.onnx", change)
+    sizes = [{"r": Size.exactly(4), "n": Size.exactly(5), "others": Size.exactly(6)}]
+    with pytest.raises(BadModel, match=r"block_head\.onnx: tensorrt-rtx .* can't build it"):
+        build_one(model, "block_head", sizes=sizes)
 
 
 def test_a_dimension_without_a_known_size_is_refused(model):
@@ -325,7 +331,7 @@ def test_a_dimension_without_a_known_size_is_refused(model):
         graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "rows"
 
     edit_graph(model / "block_head.onnx", change)
-    with pytest.raises(BadConfig, match=r"block_head\.onnx: no profile for its dimension rows; valid: all, n, r"):
+    with pytest.raises(BadConfig, match=r"block_head\.onnx: no profile for its dimension rows; valid: n, r"):
         build_one(model, "block_head")
 
 

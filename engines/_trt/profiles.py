@@ -137,27 +137,14 @@ def _drafter_rows(spec: DecoderSpec) -> Size:
 
 
 def _block_head(files: ModelFiles, shapes: Mapping[str, SymbolicShape], tiers: Sequence[int]) -> tuple[Profile, ...]:
-    """The mask is [1, 1, capacity + r]: cache rows, then the new ones."""
-    rows = _drafter_rows(files.decoder)
-    capacity = _fixed(shapes, "past_key", 1, files.decoder.capacity)
+    """New rows of the target, and positions to draft."""
     most = files.decoder.capacity - files.base_rows
-    drafted = Size(1, most, most)
-    return ({"r": rows, "n": drafted, "all": Size(*(capacity + size for size in rows))},)
+    return ({"r": _drafter_rows(files.decoder), "n": Size(1, most, most)},)
 
 
 def _feature_head(files: ModelFiles, shapes: Mapping[str, SymbolicShape], tiers: Sequence[int]) -> tuple[Profile, ...]:
-    """The past is [heads, past, w]: the cache of all but the last committed row, and the tree's rows so far."""
-    spec = files.decoder
-    rows, cache = _drafter_rows(spec), spec.capacity - 1
-    tree = 8 * (spec.capacity - files.base_rows)  # at most 8 nodes a level, a level per token
-    # Behind ``all`` = past + r the sizes must add up at each of the three points.
-    past = Size(cache, cache + min(16, tree), cache + tree)
-    return ({"r": rows, "past": past, "all": Size(*(a + b for a, b in zip(past, rows, strict=True)))},)
-
-
-def _fixed(shapes: Mapping[str, SymbolicShape], name: str, axis: int, otherwise: int) -> int:
-    size = shapes[name][axis] if name in shapes and axis < len(shapes[name]) else otherwise
-    return size if isinstance(size, int) else otherwise
+    """Rows of the chain, once all of them, or leaves of the tree."""
+    return ({"n": _drafter_rows(files.decoder)},)
 
 
 _PROFILES: dict[str, Callable[[ModelFiles, Mapping[str, SymbolicShape], Sequence[int]], tuple[Profile, ...]]] = {

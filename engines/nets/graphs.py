@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from vla_spec.engines.nets.block_head import BlockHead
 from vla_spec.engines.nets.feature_head import FeatureHead
+from vla_spec.engines.nets.head_config import BLOCK_CHOICES, FEATURE_CHOICES, HeadConfig
 from vla_spec.engines.nets.vla import VLA
+from vla_spec.engines.nets.weights import read_weights
+from vla_spec.errors import BadModel
 
 
 class Prompt(nn.Module):
@@ -75,46 +81,92 @@ def reference_module(name: str, model: VLA) -> tuple[nn.Module | None, Named, Na
 
 
 class BlockDraft(nn.Module):
-    """The block head as one graph: new rows in, n drafted positions out.
-
-    features [r, D], row int64 [r], past_key / past_value [heads, capacity, head_width], mask [1, 1, capacity + r],
-    last int64 [1], position / history int64 [n] -> tokens int64 [n, 4], probs [n, 4], key and value rows.
-    """
+    """What block_head.onnx computes: new rows in, n drafted positions out. cache [2, 1, heads, R, head_width]."""
 
     def __init__(self, head: BlockHead) -> None:
         super().__init__()
         self.model = head
 
     def forward(
-        self, features: Tensor, row: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor, last: Tensor,
-        position: Tensor, history: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        keys, values = self.model.context(features, row)
-        all_keys, all_values = torch.cat((past_key, keys), 1), torch.cat((past_value, values), 1)
-        logits = self.model.draft(all_keys, all_values, mask[0], last, position, history)
-        probs, tokens = logits.softmax(-1).topk(4)
-        return tokens, probs, keys, values
+        self, features: Tensor, row: Tensor, write_index: Tensor, last: Tensor, positions: Tensor, history: Tensor,
+        mask: Tensor, cache: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        start, end = int(write_index), int(write_index) + len(features)
+        cache[0, 0, :, start:end], cache[1, 0, :, start:end] = self.model.context(features, row)
+        # The network adds the positions' own keys itself; which of them are real stands behind the rows in the mask.
+        rows = cache[:, 0, :, :end]
+        own = mask[0, 0, :1, end : end + len(positions)]
+        n = int(own.sum())
+        logits = self.model.draft(
+            rows[0], rows[1], torch.where(mask[0, :, :1, :end], 0.0, -torch.inf), last, positions[:n], history[:n]
+        )
+        probs, tokens = logits.softmax(-1).topk(BLOCK_CHOICES)
+        padding = (0, 0, 0, len(positions) - n)
+        return nn.functional.pad(tokens, padding), nn.functional.pad(probs, padding)
 
 
 class FeatureDraft(nn.Module):
-    """The feature head as one graph over r rows of a tree; a row is fed by the target or by the head itself.
-
-    features [r, D], hidden [r, width], is_own [r, 1] (1 = use hidden), tokens / position int64 [r],
-    past_key / past_value [heads, past, head_width], mask [r, past + r], past = cache rows and rows of the tree so far
-    -> tokens int64 [r, 8], log-probabilities [r, 8], hidden [r, width], key and value rows.
-    """
+    """What feature_head.onnx computes: n rows, of the chain or a tree. cache [2, 1, heads, R, head_width]."""
 
     def __init__(self, head: FeatureHead) -> None:
         super().__init__()
         self.model = head
 
     def forward(
-        self, features: Tensor, hidden: Tensor, is_own: Tensor, tokens: Tensor, position: Tensor, past_key: Tensor,
-        past_value: Tensor, mask: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        fused = self.model.fused(features) * (1 - is_own) + hidden * is_own
-        x, query, key, value = self.model.project(fused, tokens, position)
-        keys, values = torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
-        out = self.model.attend(x, query, keys, values, mask)
-        logp, best = self.model.scores(out).log_softmax(-1).topk(8)
-        return best, logp, out, key, value
+        self, features: Tensor, hidden: Tensor, is_own: Tensor, ids: Tensor, positions: Tensor, write_index: Tensor,
+        mask: Tensor, cache: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        start, end = int(write_index), int(write_index) + len(features)
+        fused = torch.where(is_own, hidden, self.model.fused(features))
+        x, query, cache[0, 0, :, start:end], cache[1, 0, :, start:end] = self.model.project(fused, ids, positions)
+        out = self.model.attend(x, query, cache[0, 0], cache[1, 0], torch.where(mask[0, 0], 0.0, -torch.inf))
+        logp, tokens = self.model.scores(out).log_softmax(-1).topk(FEATURE_CHOICES)
+        return tokens, logp, out
+
+
+#: Drafters' networks by the name of their graph: the network, and its module with the graph's inputs.
+HEADS: dict[str, tuple[type[BlockHead] | type[FeatureHead], type[BlockDraft] | type[FeatureDraft]]] = {
+    "block_head": (BlockHead, BlockDraft), "feature_head": (FeatureHead, FeatureDraft),
+}  # fmt: skip
+
+
+def load_head(file: Path) -> BlockHead | FeatureHead:
+    """The head whose weights lie in ``file``, named as its graph.
+
+    Raises:
+        BadModel: no such network, or weights that are missing, corrupt or incomplete.
+    """
+    if file.stem not in HEADS:
+        raise BadModel(f"{file}: no network of a drafter has this name; valid: {', '.join(HEADS)}")
+    weights, metadata = read_weights(file)
+    head = HEADS[file.stem][0](HeadConfig.from_json(metadata.get("config", ""), str(file)))
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadModel(f"{file}: its weights don't have the names and sizes of a {file.stem} ({error})") from error
+    return head.eval()
+
+
+def head_module(name: str, weights: Path) -> tuple[nn.Module, Named, Named]:
+    """The network behind a drafter's graph, as `reference_module`.
+
+    Raises:
+        BadModel: see `load_head`.
+    """
+    head = load_head(weights)
+    c, width = head.config, (None, head.config.feature_width)
+    ids, one = ("int64", (None,)), ("int64", (1,))
+    if name == "block_head":
+        inputs: Named = {
+            "features": ("float32", width), "row": ids, "write_index": one, "last": one, "positions": ids,
+            "history": ids, "mask": ("bool", (1, 1, None, c.block_rows)),
+        }  # fmt: skip
+        choices = (None, BLOCK_CHOICES)
+        return BlockDraft(cast(BlockHead, head)), inputs, {"tokens": ("int64", choices), "probs": ("float32", choices)}
+    inputs = {
+        "features": ("float32", width), "hidden": ("float32", (None, c.width)), "is_own": ("bool", (None, 1)),
+        "ids": ids, "positions": ids, "write_index": one, "mask": ("bool", (1, 1, None, c.feature_rows)),
+    }  # fmt: skip
+    choices = (None, FEATURE_CHOICES)
+    outputs: Named = {"tokens": ("int64", choices), "logp": ("float32", choices), "out": ("float32", (None, c.width))}
+    return FeatureDraft(cast(FeatureHead, head)), inputs, outputs

@@ -1,7 +1,7 @@
 """Draft many tokens at once from the target's hidden states, conditioned on what the previous chunk had planned.
 
-A one-layer network (`engines/nets/block_head.py`) on ONNX Runtime: one small forward per round. Its confidences decide
-where a chain ends and, with ``top_k`` > 1, where a tree branches.
+A one-layer network (`engines/nets/block_head.py`) on the target's runtime: one small forward per round. Its confidences
+decide where a chain ends and, with ``top_k`` > 1, where a tree branches.
 Source: Medusa, Cai et al. 2024, arXiv:2401.10774 (several tokens per pass); EAGLE-3, Li et al. 2025, arXiv:2503.01840
 (hidden states of several depths); EAGLE-2, Li et al. 2024, arXiv:2406.16858 (tree by cumulative probability).
 """
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
-from vla_spec.errors import BadModel
+from vla_spec.drafters._head_graph import HeadGraph, common_length, open_head
+from vla_spec.engines._graph_runtime import Array, GraphRuntime
+from vla_spec.engines.nets.head_config import BLOCK_CHOICES, HeadConfig
 from vla_spec.interfaces import ChunkHistory
 from vla_spec.plugins import Parts
-from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Int32, Plan
+from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Float32, Int32, Plan
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,36 @@ class Options:
 
 @final
 class BlockHeadDrafter:
-    """Owns one session and the keys and values of the target's committed rows. Not thread-safe."""
+    """Owns the network and the keys and values of the target's committed rows. Not thread-safe.
 
-    def __init__(self, session: Any, prompt_length: int, num_tokens: int, options: Options) -> None:
-        self._session, self._options = session, options
-        self._prompt_length, self._num_tokens = prompt_length, num_tokens
-        shapes = {i.name: i.shape for i in session.get_inputs()}
-        heads, capacity, width = shapes["past_key"]
-        self._keys = np.zeros((heads, capacity, width), np.float32)
-        self._values = np.zeros_like(self._keys)
-        self._no_plan = 256
-        self._history = np.full(2 * num_tokens, self._no_plan, np.int64)
-        self._mask = np.full((1, 1, 2 * capacity), -1e9, np.float32)
-        self._capacity = capacity
+    Args:
+        file: the network's graph, in the target's model folder.
+        config: its sizes.
+        runtime: what runs it.
+        num_tokens: T.
+        options: how far to draft.
+    """
+
+    def __init__(
+        self, file: Path, config: HeadConfig, runtime: GraphRuntime, num_tokens: int, options: Options
+    ) -> None:
+        c = config
+        self._options = options
+        self._prompt_length, self._num_tokens, self._capacity = c.prompt_length, num_tokens, c.block_capacity
+        ids = np.int64
+        self._network = HeadGraph(
+            file, runtime, c, c.block_rows,
+            {
+                "features": (np.float32, ("r", c.feature_width)), "row": (ids, ("r",)), "write_index": (ids, (1,)),
+                "last": (ids, (1,)), "positions": (ids, ("n",)), "history": (ids, ("n",)),
+                "mask": (np.bool_, (1, 1, "n", c.block_rows)),
+            },
+            {"tokens": (ids, ("n", BLOCK_CHOICES)), "probs": (np.float32, ("n", BLOCK_CHOICES))},
+            {"r": c.block_capacity, "n": c.num_tokens},
+        )  # fmt: skip
+        self._no_plan = c.num_bins
+        self._history = np.full(2 * c.num_tokens, self._no_plan, np.int64)
+        self._counting = np.arange(c.block_capacity + c.num_tokens, dtype=np.int64)
         self._rows = 0  # target rows whose keys and values are known
         self._prefix = np.zeros(0, np.int32)
 
@@ -62,29 +82,22 @@ class BlockHeadDrafter:
     def propose(self, prefix: Int32, plan: Plan, features: object | None) -> Draft:
         """A chain, or with ``plan.top_k`` > 1 the best ``plan.gamma`` nodes of a tree."""
         m = len(prefix)
-        n = min(plan.depth, self._num_tokens - m)
+        n = min(plan.depth, self._num_tokens - m, self._network.largest("n"))
         if n < 1 or plan.gamma < 1 or not isinstance(features, np.ndarray):
             return EMPTY_DRAFT
         total = self._prompt_length + m - 1
         assert len(features) >= total, f"{len(features)=} {total=}"
-        self._forget_changed_rows(prefix)
-        start = min(self._rows, total - 1)  # at least one row, so that no dimension is ever zero
-        r = total - start
-        mask = self._mask[:, :, : self._capacity + r]
-        mask[..., :start] = 0
-        mask[..., start : self._capacity] = -1e9
-        mask[..., self._capacity :] = 0
-        position = np.arange(m, m + n, dtype=np.int64)
-        tokens, probs, keys, values = self._session.run(
-            None,
-            {
-                "features": features[start:total], "row": np.arange(start, total, dtype=np.int64),
-                "past_key": self._keys, "past_value": self._values, "mask": mask,
-                "last": prefix[-1:].astype(np.int64), "position": position, "history": self._history[m : m + n],
-            },
-        )  # fmt: skip
-        self._keys[:, start:total], self._values[:, start:total] = keys, values
+        # Rows stay valid up to the longest common prefix with the tokens of the last call. At least one row is always
+        # read again, so that no dimension is ever zero.
+        known = self._prompt_length + common_length(prefix, self._prefix)
+        done = min(self._rows, known, total - 1)
+        while done < total:
+            done, tokens, probs = self._run(done, total, features, prefix, n)
         self._rows, self._prefix = total, prefix.copy()
+        if not np.isfinite(probs.sum()):
+            self._network.state.clear()  # masked or not, NaN in a cache spreads
+            self._rows = 0
+            return EMPTY_DRAFT
         if plan.top_k > 1:
             return self._tree(tokens, probs, plan)
         confidence = np.cumprod(probs[:, 0])
@@ -92,12 +105,26 @@ class BlockHeadDrafter:
         length = max(1, min(length, plan.gamma, n))
         return Draft.chain(tokens[:length, 0].astype(np.int32))
 
-    def _forget_changed_rows(self, prefix: Int32) -> None:
-        """Rows stay valid up to the longest common prefix with the tokens of the last call."""
-        shared = min(len(prefix), len(self._prefix))
-        differs = np.flatnonzero(prefix[:shared] != self._prefix[:shared])
-        common = int(differs[0]) if len(differs) else shared
-        self._rows = min(self._rows, self._prompt_length + common) if self._rows else 0
+    def _run(self, done: int, total: int, features: Float32, prefix: Int32, n: int) -> tuple[int, Array, Array]:
+        """Read target rows from ``done`` on, draft n positions; returns the rows that are known then, tokens, probs."""
+        m, network = len(prefix), self._network
+        r, padded = network.padded("r", total - done), network.padded("n", n)
+        # A call of a fixed size reads rows again that are known; only at the start are there too few of them.
+        start = max(0, min(done, total - r))
+        end = min(start + r, total)
+        arrays, call = network.tied(r, padded)
+        arrays["features"][: end - start] = features[start:end]
+        arrays["features"][end - start :] = 0
+        np.minimum(self._counting[start : start + r], self._capacity - 1, out=arrays["row"])
+        arrays["write_index"][0], arrays["last"][0] = start, prefix[-1]
+        np.minimum(self._counting[m : m + padded], network.config.num_tokens - 1, out=arrays["positions"])
+        arrays["history"][:] = self._history[m : m + padded]
+        mask = arrays["mask"]
+        mask[..., :end] = True
+        mask[..., end:] = False
+        mask[..., start + r : start + r + n] = True
+        call.run()
+        return end, arrays["tokens"][:n], arrays["probs"][:n]
 
     def _tree(self, tokens: Any, probs: Any, plan: Plan) -> Draft:
         """Best-first by path probability; later positions do not depend on the branch, so a branch may rejoin."""
@@ -121,12 +148,6 @@ class BlockHeadDrafter:
 
 
 def build(options: Options, parts: Parts) -> BlockHeadDrafter:
-    """From configuration; needs ``block_head.onnx`` in the model folder."""
-    from vla_spec.engines._model_files import ModelFiles
-    from vla_spec.engines.onnxruntime import open_session
-
-    if parts.model_dir is None:
-        raise BadModel("drafter block_head needs a model folder; set `model:` in the configuration")
-    session = open_session(parts.model_dir / "block_head.onnx", parts.num_threads)
-    prompt_length = ModelFiles.describe(parts.model_dir).base_rows
-    return BlockHeadDrafter(session, prompt_length, parts.domain.num_tokens, options)
+    """From configuration; needs ``block_head.onnx`` and its weights in the model folder."""
+    file, config, runtime = open_head("block_head", parts)
+    return BlockHeadDrafter(file, config, runtime, parts.domain.num_tokens, options)

@@ -9,17 +9,20 @@ Source: EAGLE-2, Li et al. 2024, arXiv:2406.16858; used for VLA by Spec-VLA, Wan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from pathlib import Path
+from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
-from vla_spec.errors import BadModel
+from vla_spec.drafters._head_graph import HeadGraph, common_length, open_head
+from vla_spec.engines._graph_runtime import Array, GraphRuntime
+from vla_spec.engines.nets.head_config import FEATURE_CHOICES, HeadConfig
 from vla_spec.interfaces import ChunkHistory
 from vla_spec.plugins import Parts
-from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Float32, Int32, Plan
+from vla_spec.types import EMPTY_DRAFT, Bool, Draft, EngineInputs, Float32, Int32, Plan
 
-MASKED = np.float32(-1e9)
-NUM_CHILDREN = 8  # what the graph returns per row
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,43 @@ class Options:
 
 @final
 class FeatureHeadDrafter:
-    """Owns one session and the keys and values of committed rows. Not thread-safe.
+    """Owns the network and the keys and values of committed rows. Not thread-safe.
 
     Chain row c (counted after the prompt rows) belongs to chunk token c; it takes the target's feature of the row
-    before that token.
+    before that token. Rows of the tree are written behind the chain's; those of nodes that lead nowhere are given up
+    when the room is used up.
+
+    Args:
+        file: the network's graph, in the target's model folder.
+        config: its sizes.
+        runtime: what runs it.
+        num_tokens: T.
+        options: how sure to be.
     """
 
-    def __init__(self, session: Any, prompt_length: int, num_tokens: int, options: Options) -> None:
-        self._session, self._options = session, options
-        self._context, self._num_tokens = prompt_length - 1, num_tokens
-        shapes = {i.name: i.shape for i in session.get_inputs()}
-        heads, _, width = shapes["past_key"]
-        self._capacity = prompt_length - 1 + num_tokens
-        self._keys = np.zeros((heads, self._capacity, width), np.float32)
-        self._values = np.zeros_like(self._keys)
-        self._feature_width, self._width = shapes["features"][1], shapes["hidden"][1]
-        self._prompt_id = 256
-        self._floor = np.log(max(options.min_confidence, 1e-9))
+    def __init__(
+        self, file: Path, config: HeadConfig, runtime: GraphRuntime, num_tokens: int, options: Options
+    ) -> None:
+        c, ids = config, np.int64
+        self._context, self._num_tokens, self._capacity = c.prompt_length - 1, num_tokens, c.feature_capacity
+        self._network = HeadGraph(
+            file, runtime, c, c.feature_rows,
+            {
+                "features": (np.float32, ("n", c.feature_width)), "hidden": (np.float32, ("n", c.width)),
+                "is_own": (np.bool_, ("n", 1)), "ids": (ids, ("n",)), "positions": (ids, ("n",)),
+                "write_index": (ids, (1,)), "mask": (np.bool_, (1, 1, "n", c.feature_rows)),
+            },
+            {
+                "tokens": (ids, ("n", FEATURE_CHOICES)), "logp": (np.float32, ("n", FEATURE_CHOICES)),
+                "out": (np.float32, ("n", c.width)),
+            },
+            {"n": c.feature_capacity},
+        )  # fmt: skip
+        self._prompt_id = c.num_bins
+        self._floor = float(np.log(max(options.min_confidence, 1e-9)))
+        self._causal = np.tri(c.feature_capacity, dtype=bool)
+        self._counting = np.arange(2 * c.feature_capacity, dtype=np.int64)
+        self._ids = np.empty(c.feature_capacity, np.int64)
         self._rows = 0
         self._prefix = np.zeros(0, np.int32)
 
@@ -64,60 +87,93 @@ class FeatureHeadDrafter:
         depth = min(plan.depth, self._num_tokens - m)
         if depth < 1 or plan.gamma < 1 or not isinstance(features, np.ndarray):
             return EMPTY_DRAFT
-        best, logp, hidden = self._catch_up(prefix, features)
-        width = min(max(plan.top_k, 1), NUM_CHILDREN)
+        best, logp, out = self._catch_up(prefix, features)
+        if not np.isfinite(logp.sum()):
+            self._network.state.clear()  # masked or not, NaN in a cache spreads
+            self._rows = 0
+            return EMPTY_DRAFT
+        width = min(max(plan.top_k, 1), FEATURE_CHOICES, self._network.largest("n"))
         # Level 1: children of the last committed row.
-        tokens = best[:width].astype(np.int32)
-        score = logp[:width].astype(np.float64)
-        parents = np.full(width, -1, np.int32)
-        all_tokens, all_scores, all_parents = [tokens], [score], [parents]
-        first = 0  # number of nodes before the current level
-        frontier = np.arange(width)
-        states = np.repeat(hidden[None], width, 0)  # [f, width]: hidden state that feeds each leaf
-        total = self._rows
-        tree_keys = np.zeros((self._keys.shape[0], 0, self._keys.shape[2]), np.float32)
-        tree_values = np.zeros_like(tree_keys)
-        ancestors = np.zeros((width, 0), bool)  # [f, rows of the tree so far]
+        tokens = best[-1, :width].astype(np.int32)
+        score = logp[-1, :width].astype(np.float64)
+        all_tokens, all_parents, all_scores = [tokens], [np.full(width, -1, np.int32)], score
+        states = np.repeat(out[-1:], width, 0)  # [f, width]: hidden state that feeds each leaf
+        row_of = np.arange(width)  # of the nodes of a level: which of ``states`` feeds it
+        ancestors = np.zeros((width, self._network.rows - self._rows), bool)  # [f, rows of the tree]
+        first, used = 0, 0  # nodes before the current level, rows of the tree so far
         for level in range(1, depth):
-            if width == 1 and score[0] < self._floor:
-                break
-            f = len(frontier)
-            n_tree = tree_keys.shape[1]
-            mask = np.full((f, self._capacity + n_tree + f), MASKED, np.float32)
-            mask[:, :total] = 0
-            mask[:, self._capacity : self._capacity + n_tree][ancestors] = 0
-            mask[np.arange(f), self._capacity + n_tree + np.arange(f)] = 0
-            position = np.full(f, min(self._context + m + level - 1, self._capacity - 1), np.int64)
-            best, logp, out, keys, values = self._session.run(
-                None,
-                {
-                    "features": np.zeros((f, self._feature_width), np.float32), "hidden": states,
-                    "is_own": np.ones((f, 1), np.float32), "tokens": tokens[frontier].astype(np.int64),
-                    "position": position, "past_key": np.concatenate((self._keys, tree_keys), 1),
-                    "past_value": np.concatenate((self._values, tree_values), 1), "mask": mask,
-                },
-            )  # fmt: skip
-            tree_keys, tree_values = np.concatenate((tree_keys, keys), 1), np.concatenate((tree_values, values), 1)
-            grown = (score[frontier][:, None] + logp[:, :width]).ravel()
-            new_tokens = best[:, :width].astype(np.int32).ravel()
-            new_parents = np.repeat(first + frontier, width).astype(np.int32)
-            row_of = np.repeat(np.arange(f), width)
-            first += len(tokens)
-            tokens, score = new_tokens, grown
-            all_tokens.append(tokens)
-            all_scores.append(score)
-            all_parents.append(new_parents)
+            # Of the leaves only those that may still be among the best get children: a child is at most as probable as
+            # its parent.
             frontier = np.sort(np.argsort(-score, kind="stable")[:width])
+            frontier = frontier[score[frontier] >= self._least(all_scores, plan.gamma)]
+            f = len(frontier)
+            if not f:
+                break
             chosen = row_of[frontier]
-            states = out[chosen]
-            own = np.zeros((f, f), bool)
-            own[np.arange(f), np.arange(f)] = True
-            ancestors = np.concatenate((ancestors, own), 1)[chosen]
-        return self._keep(
-            np.concatenate(all_tokens), np.concatenate(all_scores), np.concatenate(all_parents), plan.gamma
-        )
+            states, ancestors = states[chosen], ancestors[chosen]
+            used, ancestors = self._make_room(used, self._network.padded("n", f), ancestors)
+            if used < 0:
+                break
+            best, logp, out = self._grow(tokens[frontier], states, ancestors, used, m + level - 1)
+            ancestors[:, used : used + f] = np.eye(f, dtype=bool)
+            used += f
+            all_parents.append(np.repeat(first + frontier, width).astype(np.int32))
+            first += len(tokens)
+            tokens, score = (
+                best[:, :width].astype(np.int32).ravel(),
+                (score[frontier][:, None] + logp[:, :width]).ravel(),
+            )
+            row_of = np.repeat(np.arange(f), width)
+            states = out
+            all_tokens.append(tokens)
+            all_scores = np.concatenate((all_scores, score))
+        return self._keep(np.concatenate(all_tokens), all_scores, np.concatenate(all_parents), plan.gamma)
 
-    def _keep(self, tokens: Int32, scores: Any, parents: Int32, gamma: int) -> Draft:
+    def _least(self, scores: Float64, gamma: int) -> float:
+        """Score that a node must have to be kept, as far as it is known."""
+        if len(scores) <= gamma:
+            return self._floor
+        return max(self._floor, float(np.partition(scores, len(scores) - gamma)[len(scores) - gamma]))
+
+    def _make_room(self, used: int, size: int, ancestors: Bool) -> tuple[int, Bool]:
+        """Rows of the tree in use, and who sees them, once ``size`` more fit; -1 if they don't."""
+        room = ancestors.shape[1]
+        if used + size <= room:
+            return used, ancestors
+        live = np.flatnonzero(ancestors.any(0)).astype(np.int32)
+        self._network.state.move(self._rows, live + np.int32(self._rows))
+        moved = np.zeros_like(ancestors)
+        moved[:, : len(live)] = ancestors[:, live]
+        return (len(live) if len(live) + size <= room else -1), moved
+
+    def _grow(
+        self, tokens: Int32, states: Float32, ancestors: Bool, used: int, place: int
+    ) -> tuple[Array, Array, Array]:
+        """Children of f leaves: tokens [f, 8], log-probabilities [f, 8], hidden states [f, width].
+
+        Args:
+            tokens: of the leaves.
+            states: hidden states that feed them.
+            ancestors: bool [f, rows of the tree], who sees which.
+            used: rows of the tree so far.
+            place: of the leaves in the chunk.
+        """
+        f, total = len(tokens), self._rows
+        arrays, call = self._network.tied(self._network.padded("n", f))
+        arrays["hidden"][:f], arrays["hidden"][f:] = states, 0
+        arrays["is_own"][:] = True
+        arrays["ids"][:f], arrays["ids"][f:] = tokens, self._prompt_id
+        arrays["positions"][:] = min(self._context + place, self._capacity - 1)
+        arrays["write_index"][0] = total + used
+        mask = arrays["mask"][0, 0]
+        mask[:, :total] = True
+        mask[:f, total:] = ancestors
+        mask[f:, total:] = False
+        mask[self._counting[:f], total + used + self._counting[:f]] = True
+        call.run()
+        return arrays["tokens"][:f], arrays["logp"][:f], arrays["out"][:f]
+
+    def _keep(self, tokens: Int32, scores: Float64, parents: Int32, gamma: int) -> Draft:
         """The best nodes, in an order where parents come first, with parents renumbered."""
         order = np.argsort(-scores, kind="stable")[:gamma]
         confident = scores[order] >= self._floor
@@ -127,40 +183,35 @@ class FeatureHeadDrafter:
         number[order] = np.arange(len(order))
         return Draft(tokens[order], number[parents[order]])
 
-    def _catch_up(self, prefix: Int32, features: Float32) -> tuple[Any, Any, Any]:
-        """Rows of all committed tokens that are new; returns children and hidden state of the last row."""
-        shared = min(len(prefix), len(self._prefix))
-        differs = np.flatnonzero(prefix[:shared] != self._prefix[:shared])
-        common = int(differs[0]) if len(differs) else shared
-        total = self._context + len(prefix)
-        start = min(self._rows, self._context + common, total - 1) if self._rows else 0
-        r = total - start
-        tokens = np.full(total, self._prompt_id, np.int64)
-        tokens[self._context :] = prefix
-        mask = np.full((r, self._capacity + r), MASKED, np.float32)
-        mask[:, :start] = 0
-        mask[:, self._capacity :][np.tri(r, dtype=bool)] = 0
-        best, logp, out, keys, values = self._session.run(
-            None,
-            {
-                "features": features[start:total], "hidden": np.zeros((r, self._width), np.float32),
-                "is_own": np.zeros((r, 1), np.float32), "tokens": tokens[start:],
-                "position": np.arange(start, total, dtype=np.int64), "past_key": self._keys,
-                "past_value": self._values, "mask": mask,
-            },
-        )  # fmt: skip
-        self._keys[:, start:total], self._values[:, start:total] = keys, values
+    def _catch_up(self, prefix: Int32, features: Float32) -> tuple[Array, Array, Array]:
+        """Rows of all committed tokens that are new; tokens, scores and hidden states of the last of them."""
+        network, total = self._network, self._context + len(prefix)
+        known = self._context + common_length(prefix, self._prefix)
+        self._ids[: self._context] = self._prompt_id
+        self._ids[self._context : total] = prefix
+        done = min(self._rows, known, total - 1)
+        while done < total:
+            n = network.padded("n", total - done)
+            # A call of a fixed size computes rows again that are known; only at the start are there too few of them.
+            start = max(0, min(done, total - n))
+            done = min(start + n, total)
+            r = done - start
+            arrays, call = network.tied(n)
+            arrays["features"][:r], arrays["features"][r:] = features[start:done], 0
+            arrays["is_own"][:] = False
+            arrays["ids"][:r], arrays["ids"][r:] = self._ids[start:done], self._prompt_id
+            np.minimum(self._counting[start : start + n], self._capacity - 1, out=arrays["positions"])
+            arrays["write_index"][0] = start
+            mask = arrays["mask"][0, 0]
+            mask[:, :start] = True
+            mask[:, start:] = False
+            mask[:, start : start + n] = self._causal[:n, :n]
+            call.run()
         self._rows, self._prefix = total, prefix.copy()
-        return best[-1], logp[-1], out[-1]
+        return arrays["tokens"][:r], arrays["logp"][:r], arrays["out"][:r]
 
 
 def build(options: Options, parts: Parts) -> FeatureHeadDrafter:
-    """From configuration; needs ``feature_head.onnx`` in the model folder."""
-    from vla_spec.engines._model_files import ModelFiles
-    from vla_spec.engines.onnxruntime import open_session
-
-    if parts.model_dir is None:
-        raise BadModel("drafter feature_head needs a model folder; set `model:` in the configuration")
-    session = open_session(parts.model_dir / "feature_head.onnx", parts.num_threads)
-    prompt_length = ModelFiles.describe(parts.model_dir).base_rows
-    return FeatureHeadDrafter(session, prompt_length, parts.domain.num_tokens, options)
+    """From configuration; needs ``feature_head.onnx`` and its weights in the model folder."""
+    file, config, runtime = open_head("feature_head", parts)
+    return FeatureHeadDrafter(file, config, runtime, parts.domain.num_tokens, options)

@@ -64,6 +64,6 @@ def loss(
 
 def export(head: BlockHead, out: Path) -> None:
     """Write it into a model folder."""
-    from vla_spec.engines.export import export_block_head
+    from vla_spec.engines.export import export_head
 
-    export_block_head(head, out)
+    export_head("block_head", head, out)

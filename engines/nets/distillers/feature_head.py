@@ -44,6 +44,6 @@ def loss(
 
 def export(head: FeatureHead, out: Path) -> None:
     """Write it into a model folder."""
-    from vla_spec.engines.export import export_feature_head
+    from vla_spec.engines.export import export_head
 
-    export_feature_head(head, out)
+    export_head("feature_head", head, out)
