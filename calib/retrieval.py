@@ -65,11 +65,11 @@ def build_index(config: Config, plan: IndexPlan, progress: Reporter) -> Retrieva
         BadConfig: no demonstrations, or broken ones.
         VlaSpecError: the mode can't be built.
     """
-    files = _files(plan)
+    files = demonstration_files(plan.data, plan.tasks, plan.seeds)
     assembler = Assembler()
     adapter = assembler.adapter(config)
     horizon = adapter.domain.num_tokens // adapter.domain.tokens_per_step
-    first = next((frame for path in files for frame in _frames(path, plan.every, horizon)), None)
+    first = next((frame for path in files for frame in frames_of(path, plan.every, horizon)), None)
     if first is None:
         raise BadConfig(f"--data {plan.data}: none of {len(files)} episodes has pictures (failed ones have none)")
     assembly = assembler.assemble(config, first.observation)
@@ -80,7 +80,7 @@ def build_index(config: Config, plan: IndexPlan, progress: Reporter) -> Retrieva
     tasks: dict[str, int] = {}
     progress.phase("indexing", len(files))
     for path in files:
-        for frame in _frames(path, plan.every, horizon):
+        for frame in frames_of(path, plan.every, horizon):
             row, chunk = _entry(assembly, frame, plan.chunks)
             features.append(row)
             tokens.append(chunk)
@@ -111,22 +111,31 @@ def _entry(assembly: Assembly, frame: Frame, chunks: str) -> tuple[Float32, Int3
     return features[assembly.engine.length - num_committed - 1].copy(), tokens
 
 
-def _files(plan: IndexPlan) -> list[Path]:
-    found = sorted(path.name for path in plan.data.iterdir() if path.is_dir()) if plan.data.is_dir() else []
+def demonstration_files(data: Path, tasks: tuple[str, ...] | None, seeds: range) -> list[Path]:
+    """Files of `vla-spec collect`, ``data/task/seed.npz``, of these tasks (None = all there are) and seeds.
+
+    Raises:
+        BadConfig: no such folder, task or seed.
+    """
+    found = sorted(path.name for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
     if not found:
-        raise BadConfig(f"--data {plan.data}: no demonstrations (DIR/task/seed.npz); `vla-spec collect` records them")
-    missing = sorted(set(plan.tasks or ()) - set(found))
+        raise BadConfig(f"--data {data}: no demonstrations (DIR/task/seed.npz); `vla-spec collect` records them")
+    missing = sorted(set(tasks or ()) - set(found))
     if missing:
-        raise BadConfig(f"--tasks {missing[0]}: not in {plan.data}; have {', '.join(found)}")
-    paths = [plan.data / task / f"{seed}.npz" for task in plan.tasks or found for seed in plan.seeds]
+        raise BadConfig(f"--tasks {missing[0]}: not in {data}; have {', '.join(found)}")
+    paths = [data / task / f"{seed}.npz" for task in tasks or found for seed in seeds]
     files = [path for path in paths if path.is_file()]
     if not files:
-        raise BadConfig(f"--data {plan.data}: no episode with a seed in {plan.seeds.start}..{plan.seeds.stop - 1}")
+        raise BadConfig(f"--data {data}: no episode with a seed in {seeds.start}..{seeds.stop - 1}")
     return files
 
 
-def _frames(path: Path, every: int, horizon: int) -> Iterator[Frame]:
-    """Pictures that have a whole chunk of actions behind them."""
+def frames_of(path: Path, every: int, horizon: int) -> Iterator[Frame]:
+    """Each so-many-th picture of an episode that has ``horizon`` actions behind it.
+
+    Raises:
+        BadConfig: not a demonstration, or of an unknown task.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             images, steps, state, labels = (file[name] for name in ("images", "steps", "state", "labels"))
