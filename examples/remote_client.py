@@ -50,13 +50,8 @@ def main():
         actions = np.frombuffer(chunk["actions"]["data"], "<f4").reshape(chunk["actions"]["shape"])  # to be played
         rung, ms = RUNGS[chunk["rung"]], (took_ns / 1e6, network_ns / 1e6)
         print(f"chunk {number}: {rung}, {len(actions)} steps, {ms[0]:.1f} ms, of these network {ms[1]:.1f} ms")
-        # 4 steps are played before the next observation.
-        history = {
-            "tokens": chunk["tokens"],
-            "consumed": 4 * sizes["tokens_per_step"],
-            "num_forced": 0,
-            "actions": None,
-        }
+        consumed = 4 * sizes["tokens_per_step"]  # 4 steps are played before the next observation
+        history = {"tokens": chunk["tokens"], "consumed": consumed, "num_forced": 0, "actions": None}
     socket.send(msgpack.packb({"vla": 1, "type": "bye"}))
 
 
