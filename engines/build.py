@@ -16,8 +16,8 @@ from vla_spec.engines._trt.profiles import Profile
 from vla_spec.errors import BadConfig, BadModel
 from vla_spec.progress import Reporter
 
-#: Graphs that quantisation replaces: stem -> stem of the quantised graph.
-QUANTISED = {"decoder": "decoder.int8", "block_head": "block_head.int8"}
+#: What the stem of a quantised graph ends in; it takes the place of the graph without.
+QUANTISED = ".int8"
 #: Where the sources lie whose change makes other engines: they are part of the key.
 SOURCES = ("half_precision.py", "profiles.py", "builder.py", "inspection.py")
 
@@ -90,11 +90,11 @@ def prepare_all(model_dir: Path, precision: str) -> dict[str, Prepared]:
     out = {}
     for name in profiles.GRAPHS:
         file = model_dir / f"{name}.onnx"
-        if precision == "int8" and name in QUANTISED:
-            quantised = model_dir / f"{QUANTISED[name]}.onnx"
+        if precision == "int8":
+            quantised = model_dir / f"{name}{QUANTISED}.onnx"
             if quantised.is_file():
                 file = quantised
-            elif name in profiles.REQUIRED:
+            elif name == "decoder":
                 raise BadModel(f"{quantised}: missing; precision int8 needs what `vla-spec calibrate` quantised")
         if name in profiles.REQUIRED or file.is_file():
             out[name] = builder.prepare(file, precision)
@@ -106,7 +106,8 @@ def build_graph(
 ) -> cache.Plan:  # fmt: skip
     """Build one graph and refuse it if it is not in the precision that was asked for."""
     built = builder.build(library, graph, sizes, options.builder)
-    precision = options.precision if graph.source.stem in QUANTISED.values() else builder.FLOAT_OF[options.precision]
+    is_quantised = graph.source.stem.endswith(QUANTISED)
+    precision = options.precision if is_quantised else builder.FLOAT_OF[options.precision]
     inspection.check_summary(name, built.summary, precision, graph.caches, graph.attentions)
     return cache.Plan(built.plan, built.seconds, built.is_decomposed, built.summary.to_json())
 
@@ -117,7 +118,7 @@ def identify(
 ) -> cache.Identity:  # fmt: skip
     """Everything that the result depends on."""
     hashes = cache.hash_model(model_dir, [graph.source.stem for graph in prepared.values()])
-    quantised = {name: value for name, value in hashes.items() if ".int8." in name}
+    quantised = {name: value for name, value in hashes.items() if f"{QUANTISED}." in name}
     own = {key: value for key, value in asdict(options.builder).items() if key != "capabilities"}
     return cache.Identity(
         files=hashes,

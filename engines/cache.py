@@ -276,11 +276,13 @@ def hash_model(model_dir: Path, graphs: Iterable[str]) -> dict[str, str]:
 
     Args:
         model_dir: the folder.
-        graphs: stems of ONNX files; a ``.safetensors`` file of the same name belongs to it.
+        graphs: stems of ONNX files; a ``.safetensors`` file of the same name belongs to it, and to ``decoder.int8`` that
+            of ``decoder`` as well.
     """
     found = {DESCRIPTION: hash_file(model_dir / DESCRIPTION), WEIGHTS: hash_weights(model_dir)}
     for graph in graphs:
-        for name in (f"{graph}.onnx", f"{graph}.safetensors"):
+        weights = dict.fromkeys(f"{stem}.safetensors" for stem in (graph, graph.partition(".")[0]))
+        for name in (f"{graph}.onnx", *weights):
             if name.endswith(".onnx") or (model_dir / name).is_file():
                 found[name] = hash_file(model_dir / name)
     return found

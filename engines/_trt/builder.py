@@ -121,13 +121,19 @@ def prepare(file: Path, precision: str) -> Prepared:
     return Prepared(file.stem, file, half.SerializeToString(deterministic=True), shapes, caches, attentions)
 
 
+def stems_of(stem: str) -> tuple[str, ...]:
+    """Stems of the files that a graph's weights may lie in: its own, and of the graph that it was quantised from."""
+    return tuple(dict.fromkeys((stem, stem.partition(".")[0])))
+
+
 def _check_externals(model: onnx.ModelProto, file: Path) -> None:
     """Weights lie in files that are part of the model (and so of the key), and are there to their last byte.
 
     Raises:
         BadModel: they don't.
     """
-    allowed = (WEIGHTS, f"{file.stem}.safetensors")
+    # A quantised graph, ``decoder.int8``, may still point to what was not quantised.
+    allowed = tuple(dict.fromkeys((WEIGHTS, *(f"{stem}.safetensors" for stem in stems_of(file.stem)))))
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue

@@ -101,7 +101,7 @@ def check_summary(graph: str, summary: NetworkSummary, precision: str, kv_update
         raise BadModel(
             f"{graph}: layers are in {wrong}{f' ({named})' if named else ''}; valid: {', '.join(sorted(allowed))}"
         )
-    if graph.startswith("decoder") and precision == "int8" and "int8" not in found:
+    if precision == "int8" and "int8" not in found:
         raise BadModel(f"{graph}: no layer is quantised; valid: a graph with QuantizeLinear and DequantizeLinear")
 
 
