@@ -47,13 +47,15 @@ def _root(
 
 def _alone(command: Callable[..., None]) -> Callable[..., None]:
     """A command that stands for a group: it runs if none of the group's own commands is named."""
+    hints = get_type_hints(command, include_extras=True)
+    signature = inspect.signature(command).parameters
+    takes_context = "context" in signature
 
     def callback(context: typer.Context, **options: Any) -> None:
         if context.invoked_subcommand is None:
-            command(**options)
+            command(**({"context": context} if takes_context else {}), **options)
 
-    hints = get_type_hints(command, include_extras=True)
-    own = [p.replace(annotation=hints[name]) for name, p in inspect.signature(command).parameters.items()]
+    own = [p.replace(annotation=hints[name]) for name, p in signature.items() if name != "context"]
     first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     callback.__doc__ = command.__doc__
     callback.__annotations__ = {"context": typer.Context, **{p.name: p.annotation for p in own}}

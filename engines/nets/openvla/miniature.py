@@ -47,7 +47,7 @@ ARM_STATISTICS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class MiniatureOptions:
-    """Sizes; the default is a network of 0.2 million parameters with the published one's structure.
+    """Sizes; the default is a network of 0.3 million parameters with the published one's structure.
 
     Attributes:
         layers, heads, kv_heads, width, mlp_width: of the Llama backbone.
@@ -63,8 +63,8 @@ class MiniatureOptions:
     layers: int = 2
     heads: int = 4
     kv_heads: int = 4
-    width: int = 32
-    mlp_width: int = 64
+    width: int = 64
+    mlp_width: int = 128
     vocab_size: int = 512
     padded_by: int = 64
     image_size: int = 56
