@@ -276,8 +276,8 @@ def hash_model(model_dir: Path, graphs: Iterable[str]) -> dict[str, str]:
 
     Args:
         model_dir: the folder.
-        graphs: stems of ONNX files; a ``.safetensors`` file of the same name belongs to it, and to ``decoder.int8`` that
-            of ``decoder`` as well.
+        graphs: stems of ONNX files; a ``.safetensors`` file of the same name belongs to each, and to ``decoder.int8``
+            that of ``decoder`` as well.
     """
     found = {DESCRIPTION: hash_file(model_dir / DESCRIPTION), WEIGHTS: hash_weights(model_dir)}
     for graph in graphs:
