@@ -35,7 +35,7 @@ def main():
     socket.linger = 0
     socket.connect(sys.argv[1])
     anything = dict.fromkeys(("model_hash", "image_shape", "state_size", "action_size", "dt_s"))
-    welcome = ask(socket, "hello", client="example", **anything)
+    welcome = ask(socket, "hello", client="example", token=b"", **anything)
     assert welcome["type"] == "welcome", welcome
     sizes, history, network_ns = welcome["sizes"], None, 0
     images, state = np.full(sizes["image_shape"], 128, np.uint8), np.zeros(sizes["state_size"], np.float32)

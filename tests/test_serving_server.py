@@ -532,6 +532,41 @@ def greeted_when_free(address):
         raise AssertionError("no place became free")
 
 
+def test_a_client_whose_connection_broke_gets_its_own_place_back():
+    """Also if the server has not noticed, as with a pulled cable; and not while the place is in use."""
+    gate, hello = Gate(), encode(Hello("robot", b"secret"))
+    with serving(gated_policy(gate), silent_after_ms=1e9) as server, raw(server.address) as old:
+        old.send(hello)
+        assert isinstance(reply(old), Welcome)
+        with raw(server.address) as new:
+            new.send(encode(Hello("another", b"other")))
+            assert "all 1 places" in reply(new).message
+            old.send(encode(ask(1)))
+            gate.wait_for_arrival()
+            new.send(hello)  # not answered: what would be its policy plans
+            new.send(encode(Ping(1)))
+            assert reply(new) == Unknown()
+            gate.is_open.set()
+            while isinstance(got := knock(new, hello), Unknown):
+                pass
+            assert isinstance(got, Welcome)
+            new.send(encode(ask(2)))
+            assert reply(new).chunk.rung is Rung.EXACT
+            old.send(encode(Ping(9)))
+            while not isinstance(reply(old), Unknown):  # it may have had its answer before
+                pass
+
+
+def knock(socket, hello):
+    """Say hello, and hear the answer to that or to what follows."""
+    socket.send(hello)
+    socket.send(encode(Ping(2)))
+    got = reply(socket)
+    if isinstance(got, Welcome):
+        assert isinstance(reply(socket), Pong)
+    return got
+
+
 def test_a_fault_in_the_server_ends_it_and_is_raised():
     server = PlanServer(WELCOME, [gated_policy()], ServerOptions(ANYWHERE), None, time.monotonic_ns)
     server.start()

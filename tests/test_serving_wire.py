@@ -86,7 +86,7 @@ RECORD = PlanRecord(
     (Round(0, 0, 0, 0, 5, 1, 1, 7, 100, 0), Round(8, 3, 1, 1, 2, 3, 4, 10, 200, 4)),
 )  # fmt: skip
 REQUESTS = [
-    Hello(), Hello("robot", "ab", (3, 96, 96, 3), 4, 4, 0.0125), Ping(-1, 0), Ping(2**62, 100), Bye(),
+    Hello(), Hello("robot", b"\x00\xff" * 8, "ab", (3, 96, 96, 3), 4, 4, 0.0125), Ping(-1, 0), Ping(2**62, 100), Bye(),
     ask(), ask(HISTORY), ask(ChunkHistory(np.empty(0, np.int32), 0)),
     ask(observation=observation(state=np.array([np.nan, np.inf, -0.0, 1], np.float32))),
 ]  # fmt: skip
@@ -176,6 +176,8 @@ def image(**changes):
     ({"vla": 1}, "type is None"),
     ({"vla": 1, "type": "welcome"}, "from a client; valid: hello, plan, ping, bye"),
     ({"vla": 1, "type": "bye", "more": 1}, "unknown ['more']"),
+    ({**tree_of(Hello()), "token": "text"}, "token is 'text'"),
+    ({**tree_of(Hello()), "token": bytes(65)}, "token is a bytes of 65; valid: at most 64"),
     ({**tree_of(ask()), "id": -1}, "id is -1"),
     ({**tree_of(ask()), "id": True}, "id is True"),
     ({**tree_of(ask()), "id": 2**64 - 1}, "id is"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import secrets
 import threading
 from collections import deque
 from collections.abc import Collection
@@ -159,7 +160,7 @@ class RemotePlanner:
         now_ns: NowNs | None = None,
     ) -> None:
         self.options, self._keys, self._now_ns = options, keys, now_ns or MonotonicClock().now_ns
-        self._hello = replace(hello or Hello(), client=options.name)
+        self._hello = replace(hello or Hello(), client=options.name, token=secrets.token_bytes(16))
         #: From submit until the chunk was polled or is known not to come, and always while the server is not there:
         #: then nothing is asked for, and the actor need not draw pictures for nobody. Written by the actor only.
         self.is_busy = True
@@ -388,9 +389,6 @@ class RemotePlanner:
         )
         if not self._send(ask):
             self._lose()
-        elif self._ping_ns is None:
-            # The answer to a request may take its time; the ping behind it may not.
-            self._ask_for_life(self._now_ns())
 
     def _receive(self) -> bool:
         """Handle one message; False = there is none."""
@@ -500,17 +498,14 @@ class RemotePlanner:
             self._go(f"no sign of life for {options.gone_after_ms:g} ms")
         if self.link is Link.READY:
             if self._ping_ns is None and now_ns - self._heard_ns > options.heartbeat_ms * NS_PER_MS:
-                self._ask_for_life(now_ns)
+                self._ping_ns = now_ns
+                self._send(Ping(now_ns))
             asked = self._asked
             if asked is not None and now_ns - asked.request.deadline_ns > 2 * options.gone_after_ms * NS_PER_MS:
                 self._lose()  # the server lives, and yet: it may have refused what it could not read
         elif not self._is_probing and now_ns - self._knocked_ns > options.retry_ms * NS_PER_MS:
             self._knocked_ns = now_ns
             self._send(self._hello)
-
-    def _ask_for_life(self, now_ns: int) -> None:
-        self._ping_ns = now_ns
-        self._send(Ping(now_ns))
 
     def _go(self, why: str) -> None:
         """The server is gone: forget the connection with all that is under way in it, and knock again."""

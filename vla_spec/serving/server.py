@@ -59,6 +59,8 @@ NS_PER_MS = 1_000_000
 _MESSAGES_PER_TURN = 32
 #: Whom the authenticator asks about keys (rfc.zeromq.org/spec/27).
 _ZAP_DOMAIN = "vla_spec"
+#: Clients that were turned away and are not written down again.
+_MOST_REMEMBERED = 1000
 _NEVER_NS = -(2**62)
 #: Longest sleep of the listening thread [ms].
 _IDLE_MS = 100
@@ -133,6 +135,7 @@ class _Session:
     """A client that said hello."""
 
     name: str
+    token: bytes
     seat: _Seat
     heard_ns: int
     episode: int | None = None
@@ -181,6 +184,7 @@ class PlanServer:
         self._seats = [_Seat(policy, _without_engine(policy, now_ns)) for policy in policies]
         self._num_seats = len(self._seats)
         self._sessions: dict[bytes, _Session] = {}
+        self._turned_away: set[tuple[bytes, str]] = set()
         self._turns, self._tokens = Turns(), queue.SimpleQueue[bool]()
         self._planned: deque[_Planned] = deque()
         self._took_ns: deque[int] = deque(maxlen=_TYPICAL_OF)
@@ -367,20 +371,36 @@ class PlanServer:
     def _greet(self, client: bytes, hello: Hello, now_ns: int) -> None:
         mismatch = _mismatch(hello, self._welcome)
         if mismatch:
-            log.warning("refused client %r: %s", hello.client, mismatch)
-            self._send(client, Refused(mismatch, is_final=True))
+            self._turn_away(client, hello, mismatch, is_final=True)
             return
         if client not in self._sessions:
+            if not self._leave_behind(hello):
+                return  # it is being planned for in its old place; it knocks again
             if not self._seats:
                 names = ", ".join(repr(session.name) for session in self._sessions.values())
                 full = f"all {self._num_seats} places are taken, by {names}; --max-clients N makes more"
-                log.warning("refused client %r: %s", hello.client, full)
-                self._send(client, Refused(full, is_final=False))
+                self._turn_away(client, hello, full, is_final=False)
                 return
-            self._sessions[client] = _Session(hello.client, self._seats.pop(), now_ns)
+            self._sessions[client] = _Session(hello.client, hello.token, self._seats.pop(), now_ns)
             self.tally.num_clients += 1
             log.info("client %r came", hello.client)
         self._send(client, self._welcome)
+
+    def _leave_behind(self, hello: Hello) -> bool:
+        """If the client has a place from a connection that broke, free it. False = not now."""
+        for old, session in list(self._sessions.items()):
+            if hello.token and session.token == hello.token:
+                return self._forget(old, "came by another connection")
+        return True
+
+    def _turn_away(self, client: bytes, hello: Hello, why: str, is_final: bool) -> None:
+        """Refuse a client; it knocks ten times a second, and is worth one line."""
+        if (hello.token, why) not in self._turned_away:
+            if len(self._turned_away) >= _MOST_REMEMBERED:
+                self._turned_away.clear()
+            self._turned_away.add((hello.token, why))
+            log.warning("refused client %r: %s", hello.client, why)
+        self._send(client, Refused(why, is_final))
 
     def _ask(self, client: bytes, session: _Session, ask: Ask, now_ns: int) -> None:
         self.tally.num_asked += 1
@@ -449,14 +469,16 @@ class PlanServer:
         for client in [client for client, session in self._sessions.items() if session.heard_ns < least_ns]:
             self._forget(client, f"was silent for {self._options.silent_after_ms:g} ms")
 
-    def _forget(self, client: bytes, why: str) -> None:
+    def _forget(self, client: bytes, why: str) -> bool:
+        """Give a client's place away. False = not now, it is being planned for."""
         session = self._sessions[client]
         if not self._turns.withdraw(client):
-            session.heard_ns = _NEVER_NS  # its policy is in use: as soon as it is not
-            return
+            session.heard_ns = _NEVER_NS  # as soon as its policy is no longer in use
+            return False
         del self._sessions[client]
         self._seats.append(session.seat)
         log.info("client %r %s", session.name, why)
+        return True
 
     def _say(self) -> None:
         now_ns = self._now_ns()

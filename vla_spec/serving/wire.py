@@ -33,6 +33,8 @@ PROTOCOL = 1
 DTYPES = ("|u1", "<i4", "<i8", "<f4")
 #: Longest instruction, name or explanation [bytes of UTF-8].
 MAX_TEXT_BYTES = 1024
+#: Longest token of a client.
+MAX_TOKEN_BYTES = 64
 #: Largest message that a client takes before it knows the policy's sizes, and ever [bytes].
 MAX_REPLY_BYTES = 4 << 20
 #: What keys, numbers and short texts of one message take at most, arrays left out [bytes].
@@ -96,12 +98,15 @@ class Hello:
 
     Attributes:
         client: a name for the server's log.
+        token: random bytes that stay the same while the client lives: if its connection breaks, and the server has not
+            noticed, the next one gets its old place. Empty = a place of its own each time.
         model_hash: sha256 of the weights that it was made for, hex.
         image_shape, state_size, action_size: of its robot.
         dt_s: its control period [s].
     """
 
     client: str = ""
+    token: bytes = b""
     model_hash: str | None = None
     image_shape: tuple[int, ...] | None = None
     state_size: int | None = None
@@ -395,13 +400,16 @@ def _cut(text: str) -> str:
 
 def _write_hello(m: Hello) -> Tree:
     return {
-        "client": _cut(m.client), "model_hash": m.model_hash, "state_size": m.state_size, "action_size": m.action_size,
-        "image_shape": None if m.image_shape is None else list(m.image_shape), "dt_s": m.dt_s,
+        "client": _cut(m.client), "token": m.token, "model_hash": m.model_hash, "state_size": m.state_size,
+        "action_size": m.action_size, "image_shape": None if m.image_shape is None else list(m.image_shape),
+        "dt_s": m.dt_s,
     }  # fmt: skip
 
 
 def _read_hello(tree: Any, sizes: Sizes) -> Hello:
-    _only(tree, ("client", "model_hash", "image_shape", "state_size", "action_size", "dt_s"), "hello")
+    _only(tree, ("client", "token", "model_hash", "image_shape", "state_size", "action_size", "dt_s"), "hello")
+    if not isinstance(tree["token"], bytes) or len(tree["token"]) > MAX_TOKEN_BYTES:
+        raise BadMessage(f"token is {_show(tree['token'])}; valid: at most {MAX_TOKEN_BYTES} bytes")
     shape = tree["image_shape"]
     if shape is not None:
         is_shape = isinstance(shape, list) and len(shape) <= 8
@@ -409,6 +417,7 @@ def _read_hello(tree: Any, sizes: Sizes) -> Hello:
             raise BadMessage(f"image_shape is {_show(shape)}; valid: null, or at most 8 whole numbers")
     return Hello(
         client=_text(tree, "client"),
+        token=tree["token"],
         model_hash=None if tree["model_hash"] is None else _text(tree, "model_hash"),
         image_shape=None if shape is None else tuple(shape),
         state_size=None if tree["state_size"] is None else _int(tree, "state_size", 0, 65_536),
