@@ -40,7 +40,7 @@ from vla_spec.engines.nets.graphs import Prompt
 from vla_spec.engines.nets.head_config import TARGET_KEY, HeadConfig
 from vla_spec.engines.nets.levels import NUM_BINS, TOKENIZER_HIGH, TOKENIZER_LOW
 from vla_spec.engines.nets.vla import VLA
-from vla_spec.engines.nets.weights import TRAINING_ONLY, load_model, save_half
+from vla_spec.engines.nets.weights import load_model, policy_file, save_half
 
 OPSET = 17
 SMALL = 64  # weights of fewer elements stay in the graph
@@ -131,8 +131,7 @@ def export_policy(model: VLA, vocabulary: list[str], out: Path, golden_inputs: d
     """
     out.mkdir(parents=True, exist_ok=True)
     config = model.config
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_ONLY)}
-    save_half(out / WEIGHTS, weights, {"config": config.to_json(), "vocabulary": json.dumps(vocabulary)})
+    save_half(out / WEIGHTS, *policy_file(model, vocabulary))
     policy: dict[str, Any] = {
         "image_size": config.image_size,
         "num_cameras": config.num_cameras,

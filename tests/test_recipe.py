@@ -193,12 +193,14 @@ def test_a_distillation_that_is_stopped_goes_on_and_says_what_does_not_fit(check
     head = distill.distill("block_head", source, file, options, said.append)
     assert "block_head: resumed at step 1 of 3" in said
     assert said[-1] == f"{file}: step 3, done"
-    assert distill.restore(head, file) == 3
+    assert distill.restore(head, file, source.target_sha256) == 3
+    with pytest.raises(BadModel, match=f"distilled for the policy {source.target_sha256[:12]}…; valid: 000000000000…"):
+        distill.restore(head, file, "0" * 64)
     with pytest.raises(BadModel, match="of another drafter, or distilled for a policy of another size"):
-        distill.restore(distill.distiller("feature_head").build(network), file)
+        distill.restore(distill.distiller("feature_head").build(network), file, source.target_sha256)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(BadModel, match="not a checkpoint of `vla-spec distill`"):
-        distill.restore(head, file)
+        distill.restore(head, file, source.target_sha256)
     for options, message in (
         (distill.DistillOptions(max_frames=2), r"distill\.max_frames: 2 frames .*the longest has 3"),
         (distill.DistillOptions(execute_horizon=8), r"distill\.execute_horizon: 8; valid: less than 8"),

@@ -155,22 +155,32 @@ def distill_drafters(
             distill.distill(name, source, out / f"{name}.safetensors", options, say, should_stop)
 
 
-def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
-    """Write the model folder: the policy, and every drafter that has a checkpoint.
+def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say, force: bool = False, command: str = "") -> None:
+    """Write the model folder: the policy, every drafter that has a checkpoint, and a manifest.
 
-    Nothing is written before all checkpoints are read.
+    The folder is as it was until all is written; see `vla_spec.engines._model_export`.
+
+    Args:
+        checkpoint: of the trained policy.
+        drafters: folder of the drafters' checkpoints.
+        out: the model folder.
+        say: told what is written, and what is not.
+        force: ``out`` may hold a model already.
+        command: what was typed, for the manifest.
 
     Raises:
         BadModel: no trained policy, or a checkpoint that is corrupt or doesn't belong to it.
+        BadConfig: ``out`` holds a model and ``force`` is not given, or it can't be written.
         MissingDependency: libraries for training or the simulator (golden inputs are a real picture).
     """
     with _needs("train"):
-        from vla_spec.engines import export
+        from vla_spec.engines import _model_export, _model_manifest, export
         from vla_spec.engines.nets import distill
-        from vla_spec.engines.nets.weights import load_policy
+        from vla_spec.engines.nets.weights import load_policy, policy_sha256
     _check_checkpoint(checkpoint, "vla-spec train")
+    _model_export.check_free(out, force)
     model, vocabulary = load_policy(checkpoint)
-    networks = {}
+    identity, networks = policy_sha256(model, vocabulary), {}
     for name in distill.distillers():
         file = drafters / f"{name}.safetensors"
         if not file.is_file():
@@ -178,13 +188,14 @@ def export_model(checkpoint: Path, drafters: Path, out: Path, say: Say) -> None:
             say(f"no {name}: {file} is not there{stays}")
             continue
         networks[name] = distill.distiller(name).build(model)
-        distill.restore(networks[name], file)
-    _make_folder(out)
-    export.export_policy(model, vocabulary, out, _golden_inputs(model.config, vocabulary))
-    say(f"{out}: policy")
-    for name, network in networks.items():
-        distill.distiller(name).export(network.eval(), out)
-        say(f"{out}: {name}")
+        distill.restore(networks[name], file, identity)
+    inputs = _golden_inputs(model.config, vocabulary)
+    with _model_export.writing(out, command, force) as folder:
+        export.export_policy(model, vocabulary, folder, inputs)
+        for name, network in networks.items():
+            distill.distiller(name).export(network.eval(), folder)
+    say(f"{out}: policy {identity[:12]}…{''.join(f', {name}' for name in networks)}")
+    say(str(out / _model_manifest.MANIFEST))
 
 
 def act_with(model_dir: Path) -> Callable[[Observation], Float32]:

@@ -20,8 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vla_spec.atomic import replacing
+from vla_spec.engines._safetensors import WeightsFile
 from vla_spec.engines.nets.demonstrations import Demonstrations, encode_phrasings
+from vla_spec.engines.nets.head_config import TARGET_KEY
 from vla_spec.engines.nets.vla import VLA
+from vla_spec.engines.nets.weights import policy_sha256
 from vla_spec.errors import BadConfig, BadModel, Interrupted, UnknownOption
 
 
@@ -70,6 +74,7 @@ class Source:
         tokens: int64 [N, T], greedy. features: fp16 [N, p + T - 1, D].
         history: int64 [N, T], what the chunk of ``execute_horizon`` steps before had planned; V = no plan.
         is_validation: bool [N].
+        target_sha256: the target's identity, see `policy_sha256`.
     """
 
     target: VLA
@@ -80,6 +85,7 @@ class Source:
     features: Tensor
     history: Tensor
     is_validation: np.ndarray
+    target_sha256: str
 
 
 @torch.inference_mode()
@@ -140,7 +146,8 @@ def target_outputs(
         earlier = index.get((episode, step - options.execute_horizon))
         if earlier is not None:
             history[i, : c.num_tokens - shift] = tokens[earlier, shift:]
-    return Source(model, data, words, rows, tokens, features, history, data.is_validation[rows])
+    identity = policy_sha256(model, vocabulary)
+    return Source(model, data, words, rows, tokens, features, history, data.is_validation[rows], identity)
 
 
 def distillers() -> list[str]:
@@ -179,7 +186,7 @@ def distill(
     torch.manual_seed(options.seed)
     network: nn.Module = recipe.build(source.target)
     optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    start = restore(network, checkpoint)
+    start = restore(network, checkpoint, source.target_sha256)
     if start:
         report(f"{name}: resumed at step {start} of {options.steps}")
     train_at, valid_at = np.flatnonzero(~source.is_validation), np.flatnonzero(source.is_validation)
@@ -200,9 +207,9 @@ def distill(
             report(f"{name} step {step + 1} loss {loss.item():.3f} {said} {rate:.3f} s/step")
         is_stopped = should_stop is not None and should_stop()
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps or is_stopped:
-            temporary = checkpoint.with_suffix(".tmp")
-            save_file({**network.state_dict(), "step": torch.tensor(step + 1)}, temporary)
-            temporary.replace(checkpoint)
+            with replacing(checkpoint) as temporary:
+                saved = {**network.state_dict(), "step": torch.tensor(step + 1)}
+                save_file(saved, temporary, {TARGET_KEY: source.target_sha256})
             if is_stopped and step + 1 < options.steps:
                 report(f"{checkpoint}: step {step + 1} of {options.steps}; the same command goes on from here")
                 raise Interrupted(f"{name} stopped at step {step + 1}")
@@ -215,8 +222,13 @@ def distill(
     return network.eval()
 
 
-def restore(network: nn.Module, checkpoint: Path) -> int:
+def restore(network: nn.Module, checkpoint: Path, target_sha256: str) -> int:
     """Load a checkpoint of `distill` if there is one; returns its step.
+
+    Args:
+        network: gets its weights.
+        checkpoint: may be missing.
+        target_sha256: identity of the policy that it has to be distilled for.
 
     Raises:
         BadModel: corrupt, or of another drafter or target.
@@ -234,4 +246,10 @@ def restore(network: nn.Module, checkpoint: Path) -> int:
             f"{checkpoint}: of another drafter, or distilled for a policy of another size; delete it, or name another "
             f"folder"
         ) from error
+    found = WeightsFile.open(checkpoint).metadata.get(TARGET_KEY)
+    if found != target_sha256:
+        says = f"distilled for the policy {found[:12]}…" if found else "does not say for which policy it was distilled"
+        raise BadModel(
+            f"{checkpoint}: {says}; valid: {target_sha256[:12]}…, the one given; delete it, or name another folder"
+        )
     return step

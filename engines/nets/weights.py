@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from vla_spec.atomic import replacing
 from vla_spec.engines.nets.vla import VLA, VLAConfig
 from vla_spec.errors import BadModel
 
@@ -22,10 +24,24 @@ def save_half(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, 
 
     Equal arguments give equal bytes: the file's hash is the model's identity.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(_half_file(weights, metadata))
+
+
+def _half_file(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
     half = {k: v.detach().to(torch.float16).contiguous().clone() for k, v in weights.items()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(_sort_metadata(save(half, metadata)))
-    temporary.replace(path)
+    return _sort_metadata(save(half, metadata))
+
+
+def policy_file(model: VLA, vocabulary: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What target.safetensors holds of a trained policy: its tensors and its header."""
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(TRAINING_ONLY)}
+    return weights, {"config": model.config.to_json(), "vocabulary": json.dumps(vocabulary)}
+
+
+def policy_sha256(model: VLA, vocabulary: list[str]) -> str:
+    """Identity of a policy: the hash that its target.safetensors has once it is exported."""
+    return hashlib.sha256(_half_file(*policy_file(model, vocabulary))).hexdigest()
 
 
 def _sort_metadata(file: bytes) -> bytes:

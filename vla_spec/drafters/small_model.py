@@ -7,8 +7,10 @@ al. 2024, arXiv:2404.08856.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import final
+from pathlib import Path
+from typing import Any, final
 
 import numpy as np
 
@@ -18,6 +20,11 @@ from vla_spec.plugins import Parts
 from vla_spec.types import EMPTY_DRAFT, Draft, EngineInputs, Int32, Plan
 
 FOLDER = "small"  # inside the target's model folder
+#: Keys of policy.json that say what a model sees and what its tokens mean.
+SHARED = (
+    "adapter", "image_size", "num_cameras", "state_size", "max_words", "vocabulary", "horizon", "action_size",
+    "tokenizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,29 @@ class SmallModelDrafter:
         return Draft.chain(chain[len(new) : end].copy())
 
 
+def check_policy(folder: Path, target: Path) -> None:
+    """A small model sees what its target sees and writes the same tokens.
+
+    Raises:
+        BadModel: their policy.json differ in that; names the keys.
+    """
+    small, large = (_policy(path / "policy.json") for path in (folder, target))
+    differs = [key for key in SHARED if small.get(key) != large.get(key)]
+    if differs:
+        raise BadModel(
+            f"{folder / 'policy.json'}: {', '.join(differs)} differ from the target's; valid: a small model with the "
+            f"target's inputs and tokens; distill and export it again"
+        )
+
+
+def _policy(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModel(f"{file}: missing or no JSON ({error}); `vla-spec export` writes it") from error
+    return values if isinstance(values, dict) else {}
+
+
 def build(options: Options, parts: Parts) -> SmallModelDrafter:
     """From configuration; needs the folder ``small`` inside the model folder."""
     from vla_spec.engines._drafter_runtime import runtime_for
@@ -84,4 +114,6 @@ def build(options: Options, parts: Parts) -> SmallModelDrafter:
     if parts.model_dir is None:
         raise BadModel("drafter small_model needs a model folder; set `model:` in the configuration")
     folder = parts.model_dir / FOLDER
+    if folder.is_dir():
+        check_policy(folder, parts.model_dir)
     return SmallModelDrafter(GraphEngine(folder, runtime_for(parts, folder)), options)
