@@ -481,14 +481,42 @@ def test_a_server_that_comes_back_is_found_again_by_the_same_client(tmp_path, bi
             assert planner.num_gone == 1
 
 
-def test_a_server_that_falls_silent_is_gone_and_its_observation_is_lost():
-    with stranger() as (address, socket), connected(address, is_connected=False, gone_after_ms=50) as planner:
+@contextlib.contextmanager
+def stranger_that_welcomed(**options):
+    """A bare server's socket that said welcome: client's address, socket, planner."""
+    with stranger() as (address, socket), connected(address, is_connected=False, **options) as planner:
         client, _ = socket.recv_multipart()
         socket.send_multipart([client, encode(WELCOME)])
         while b"ping" not in socket.recv_multipart()[1]:
             pass
         socket.send_multipart([client, encode(Pong(time.monotonic_ns(), 0))])
         planner.connect(PATIENCE_S)
+        yield client, socket, planner
+
+
+def pong(socket, client, busy_ns):
+    """Answer the next ping."""
+    while b"ping" not in (frame := socket.recv_multipart()[1]):
+        assert b"hello" not in frame, "it was taken for gone"
+    socket.send_multipart([client, encode(Pong(0, busy_ns))])
+
+
+def test_a_server_that_lives_and_forgot_a_request_does_not_keep_the_actor_waiting():
+    """A server that is busy is waited for; one that has nothing to do has lost the request, or its answer."""
+    with stranger_that_welcomed(gone_after_ms=700, heartbeat_ms=5) as (client, socket, planner):
+        planner.submit(request(budget_ns=1))
+        for _ in range(20):
+            pong(socket, client, busy_ns=1)
+            assert planner.num_lost == 0
+        while planner.num_lost == 0:
+            pong(socket, client, busy_ns=0)
+        assert not planner.wait(PATIENCE_S)
+        assert planner.link is Link.READY
+        assert (planner.num_lost, planner.num_gone) == (1, 0)
+
+
+def test_a_server_that_falls_silent_is_gone_and_its_observation_is_lost():
+    with stranger_that_welcomed(gone_after_ms=50) as (_, _, planner):
         planner.submit(request())
         assert not planner.wait(PATIENCE_S)  # ended by the loss, not by patience
         assert planner.wait_for(Link.PLANNER_GONE, PATIENCE_S) is Link.PLANNER_GONE

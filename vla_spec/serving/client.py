@@ -187,7 +187,7 @@ class RemotePlanner:
         self._asked: _Submitted | None = None
         self._ping_ns: int | None = None  # since when an answer is due; None = none is
         self._heard_ns = self._knocked_ns = 0
-        self._is_probing = False
+        self._is_probing = self._is_idle_there = False
         self._sizes: Sizes | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake_out, self._wake_in = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
@@ -304,14 +304,17 @@ class RemotePlanner:
         self._open()
         try:
             while not self._is_stopping:
-                self._poller.poll(self._timeout_ms())
-                while self._receive():
-                    pass
-                self._watch()
-                with contextlib.suppress(zmq.Again):
-                    while True:
-                        self._wake_in.recv(zmq.NOBLOCK)
-                self._send_newest()
+                ready = dict(self._poller.poll(self._timeout_ms()))
+                if self._wake_in in ready:
+                    with contextlib.suppress(zmq.Again):
+                        while True:
+                            self._wake_in.recv(zmq.NOBLOCK)
+                    self._send_newest()
+                if self._socket in ready:
+                    while self._receive():
+                        pass
+                if self._monitor in ready:  # of the socket that was polled, or, if it was replaced, the new one's
+                    self._watch()
                 self._tend(self._now_ns())
             if self.link is Link.READY:
                 self._send(Bye())
@@ -382,11 +385,12 @@ class RemotePlanner:
         ask = Ask(
             id=newest.number,
             episode=newest.episode,
-            remaining_ns=min(newest.request.deadline_ns - newest.sent_ns, _MOST_REMAINING_NS),
+            remaining_ns=max(-_MOST_REMAINING_NS, min(newest.request.deadline_ns - newest.sent_ns, _MOST_REMAINING_NS)),
             network_ns=self.network.expected_ns,
             observation=seen,
             history=history,
         )
+        self._is_idle_there = False
         if not self._send(ask):
             self._lose()
 
@@ -447,7 +451,7 @@ class RemotePlanner:
         self._send(Ping(now_ns, size))  # as long as a request, so that the first deadline is right already
 
     def _hear_pong(self, pong: Pong, now_ns: int) -> None:
-        self._ping_ns = None
+        self._ping_ns, self._is_idle_there = None, pong.busy_ns == 0
         if self._is_probing:
             self._is_probing = False
             self.network.record(now_ns - pong.sent_ns, 0)
@@ -501,8 +505,10 @@ class RemotePlanner:
                 self._ping_ns = now_ns
                 self._send(Ping(now_ns))
             asked = self._asked
-            if asked is not None and now_ns - asked.request.deadline_ns > 2 * options.gone_after_ms * NS_PER_MS:
-                self._lose()  # the server lives, and yet: it may have refused what it could not read
+            if asked is not None and self._is_idle_there:
+                overdue_ns = now_ns - max(asked.sent_ns, asked.request.deadline_ns)
+                if overdue_ns > options.gone_after_ms * NS_PER_MS:
+                    self._lose()  # the server lives and does nothing: the request or its answer did not arrive
         elif not self._is_probing and now_ns - self._knocked_ns > options.retry_ms * NS_PER_MS:
             self._knocked_ns = now_ns
             self._send(self._hello)

@@ -306,12 +306,14 @@ class PlanServer:
         poller.register(self._wake_in, zmq.POLLIN)
         try:
             while not self._is_stopping:
-                poller.poll(self._timeout_ms())
-                _drain(self._wake_in)
-                for _ in range(_MESSAGES_PER_TURN):
-                    if not self._receive():
-                        break
-                self._send_planned()
+                ready = dict(poller.poll(self._timeout_ms()))
+                if self._wake_in in ready:
+                    _drain(self._wake_in)
+                    self._send_planned()
+                if self._router in ready:
+                    for _ in range(_MESSAGES_PER_TURN):
+                        if not self._receive():
+                            break
                 for job in self._turns.take_hopeless(self._now_ns(), self._least_ns):
                     self._answer_late(self._sessions[job.client], job)
                 self._forget_silent()
