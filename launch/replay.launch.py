@@ -9,6 +9,6 @@ def generate_launch_description() -> LaunchDescription:
     """`ros2 launch vla_spec replay.launch.py bag:=run.mcap`."""
     return describe(
         ["action_node", "monitor_node", "replay_node"], "metaworld.yaml", use_sim_time=True, dry_run=True,
-        ends_with="replay_node",
+        ends_with="replay_node", has_own_clock=True,
         arguments=[("bag", "", "MCAP file to play", "replay_node", "bag")],
     )  # fmt: skip

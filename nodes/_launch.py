@@ -24,7 +24,7 @@ PACKAGE = "vla_spec"
 
 def describe(
     nodes: Sequence[str], params: str, use_sim_time: bool, dry_run: bool | None = None, ends_with: str | None = None,
-    arguments: Sequence[tuple[str, str, str, str, str]] = (),
+    has_own_clock: bool = False, arguments: Sequence[tuple[str, str, str, str, str]] = (),
 ) -> LaunchDescription:  # fmt: skip
     """A launch description.
 
@@ -34,6 +34,7 @@ def describe(
         use_sim_time: default of the argument.
         dry_run: default of the argument of that name for ``action_node``; None = there is no such argument.
         ends_with: an executable whose end ends everything; None = none.
+        has_own_clock: one of the nodes publishes ``/clock``: each namespace gets its own, so that two fit on a machine.
         arguments: further ones: name, default, description, node, parameter.
     """
     declared = [
@@ -71,6 +72,7 @@ def describe(
         "package": PACKAGE,
         "namespace": LaunchConfiguration("namespace"),
         "output": "screen",
+        "remappings": [("/clock", "clock")] if has_own_clock else [],
         "arguments": ["--ros-args", "--log-level", LaunchConfiguration("log_level")],
     }
     policy = LifecycleNode(

@@ -32,7 +32,12 @@ def run_node(make: Callable[[], Node]) -> None:
     `SingleThreadedExecutor`: of rclpy's executors the one whose timers are steadiest. The signals are our own: rclpy's
     handlers shut the context down at once, and the last thing that a node publishes is a stop.
     """
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:  # rclpy has a class per way to be wrong; what is wrong are arguments or their files
+        said = str(error).splitlines()[0].split(", at /")[0]
+        print(f"error: {said}; valid: --ros-args with a parameter file that is YAML", file=sys.stderr)
+        sys.exit(2)
     is_asked_to_end = False
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,9 @@ says where its numbers came from (docs/ros.md has the keys). Standard messages o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,36 @@ ENCODINGS: dict[str, tuple[int, tuple[int, int, int]]] = {
 }  # fmt: skip
 #: A picture is refused beyond this, before anything is allocated for it.
 MAX_PIXELS = 64_000_000
+#: A trajectory of more rows, or a provenance line of more characters, is none of ours; an actor has no time for it.
+MAX_POINTS = 4096
+MAX_INFO_CHARS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkInfo:
+    """Where a trajectory's numbers came from, as on ``trajectory_info``.
+
+    Attributes:
+        chunk_id: counts up in one run of a planner.
+        stamp_ns: of the trajectory that it belongs to.
+        rung: the weakest thing in it.
+        provenance: uint8 [h, A], values of `Provenance`.
+        instruction: what it obeys.
+        planning_ms: how long it took.
+        slack_ms: time left until its deadline when it was ready; negative = late.
+        max_deviation: largest distance from the target's choice, in the rule's unit.
+        num_tokens: that were decoded.
+    """
+
+    chunk_id: int
+    stamp_ns: int
+    rung: Rung
+    provenance: UInt8
+    instruction: str
+    planning_ms: float
+    slack_ms: float
+    max_deviation: float
+    num_tokens: int
 
 
 def stamp_ns(stamp: Time) -> int:
@@ -47,7 +79,7 @@ def read_image(message: Image) -> UInt8:
         BadObservation: another encoding, or sizes that contradict each other.
     """
     if message.encoding not in ENCODINGS:
-        raise BadObservation("image encoding", repr(message.encoding), ", ".join(ENCODINGS))
+        raise BadObservation("image encoding", repr(message.encoding[:40]), ", ".join(ENCODINGS))
     channels, order = ENCODINGS[message.encoding]
     height, width, row = int(message.height), int(message.width), int(message.step)
     if not 0 < height * width <= MAX_PIXELS or row < width * channels or len(message.data) != row * height:
@@ -76,8 +108,8 @@ def read_compressed(message: CompressedImage) -> UInt8:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels")
             return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadObservation("compressed image", str(error), "a JPEG or PNG") from error
+    except (OSError, ValueError, SyntaxError, Picture.DecompressionBombError) as error:
+        raise BadObservation("compressed image", str(error)[:100], "a JPEG or PNG") from error
 
 
 def write_image(pixels: UInt8, time_ns: int, frame: str) -> Image:
@@ -96,14 +128,14 @@ def read_joints(message: JointState, names: Sequence[str]) -> Float32:
         BadObservation: a joint is missing, or not a finite number.
     """
     if list(message.name) == list(names):
-        values = np.asarray(message.position, np.float32)
+        values = _float32(message.position)
     else:
         places = {name: i for i, name in enumerate(message.name)}
         missing = [name for name in names if name not in places]
         if missing or len(message.position) < len(message.name):
             found = f"{missing} missing" if missing else f"{len(message.position)} positions"
             raise BadObservation("joint_states", found, f"positions of {', '.join(names)}")
-        values = np.array([message.position[places[name]] for name in names], np.float32)
+        values = _float32([message.position[places[name]] for name in names])
     if len(values) != len(names) or not np.isfinite(values).all():
         raise BadObservation("joint_states", str(values.tolist()), f"{len(names)} finite positions")
     return values
@@ -148,54 +180,84 @@ def write_chunk(
     return trajectory, String(data=json.dumps(info))
 
 
-def read_chunk(trajectory: JointTrajectory, info: String | None, layout: ActionLayout, step: int) -> ActionChunk:
+def read_chunk(trajectory: JointTrajectory, info: ChunkInfo | None, layout: ActionLayout, step: int) -> ActionChunk:
     """The chunk of these messages, for control step ``step``. Without provenance it counts as drafted: bounded.
 
     Raises:
         BadObservation: other joints, rows of another length, times that are not the control period's, not finite.
     """
     if list(trajectory.joint_names) != list(layout.joints):
-        raise BadObservation("trajectory joints", str(list(trajectory.joint_names)), str(list(layout.joints)))
+        raise BadObservation("trajectory joints", str(list(trajectory.joint_names))[:200], str(list(layout.joints)))
     points, size = trajectory.points, layout.size
-    if not points or any(len(p.positions) != size or len(p.velocities) != size for p in points):
-        raise BadObservation("trajectory", f"{len(points)} points", f"points with {size} positions and velocities")
+    if not 0 < len(points) <= MAX_POINTS or any(len(p.positions) != size or len(p.velocities) != size for p in points):
+        expected = f"1 to {MAX_POINTS} points with {size} positions and velocities"
+        raise BadObservation("trajectory", f"{len(points)} points", expected)
     times = np.array([p.time_from_start.sec + p.time_from_start.nanosec / NS_PER_S for p in points])
     if not np.allclose(times, layout.times_s(len(points)), rtol=0, atol=1e-6):
         raise BadObservation("trajectory times", str(times[:3].tolist()), f"multiples of {layout.dt_s} s")
     positions = np.array([p.positions for p in points], np.float64)
     velocities = np.array([p.velocities for p in points], np.float64)
-    if not (np.isfinite(positions).all() and np.isfinite(velocities).all()):
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit becomes infinite, and is refused
+        actions = layout.to_actions(positions, velocities)
+    if not (np.isfinite(positions).all() and np.isfinite(velocities).all() and np.isfinite(actions).all()):
         raise BadObservation("trajectory", "not finite", "finite positions and velocities")
-    actions = layout.to_actions(positions, velocities)
-    known = {} if info is None else read_info(info)
-    provenance = np.full(actions.shape, Provenance.DRAFTED, np.uint8)
-    rung = Rung.DRAFT_TAIL
-    if known.get("stamp_ns") == stamp_ns(trajectory.header.stamp):
-        rows = np.array(known["provenance"], np.uint8)
-        if rows.shape != actions.shape or rows.max(initial=0) > max(Provenance):
-            raise BadObservation("trajectory_info", f"provenance {list(rows.shape)}", str(list(actions.shape)))
-        provenance, rung = rows, Rung[known["rung"]]
     stamp = stamp_ns(trajectory.header.stamp)
+    if info is None or info.stamp_ns != stamp:
+        provenance = np.full(actions.shape, Provenance.DRAFTED, np.uint8)
+        info = ChunkInfo(-1, stamp, Rung.DRAFT_TAIL, provenance, "", 0.0, 0.0, 0.0, 0)
+    if info.provenance.shape != actions.shape:
+        raise BadObservation("trajectory_info", f"provenance {list(info.provenance.shape)}", str(list(actions.shape)))
     return ActionChunk(
-        actions, provenance, rung, int(known.get("chunk_id", -1)), str(known.get("instruction", "")), stamp, step,
-        stamp, stamp, stamp, np.empty(0, np.int32), float(known.get("max_deviation", 0.0)),
+        actions, info.provenance, info.rung, info.chunk_id, info.instruction, stamp, step, stamp, stamp, stamp,
+        np.empty(0, np.int32), info.max_deviation,
     )  # fmt: skip
 
 
-def read_info(message: String) -> dict[str, Any]:
+def read_info(message: String) -> ChunkInfo:
     """The provenance line.
 
     Raises:
-        BadObservation: not a JSON object with the keys of `write_chunk`.
+        BadObservation: not a JSON object with the keys of `write_chunk`, or values of other types.
     """
     try:
+        if len(message.data) > MAX_INFO_CHARS:
+            raise ValueError(f"{len(message.data)} characters")
         known = json.loads(message.data)
-        Rung[known["rung"]]
-        if not isinstance(known["provenance"], list) or not isinstance(known["stamp_ns"], int):
-            raise TypeError("provenance or stamp_ns")
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadObservation("trajectory_info", repr(error)[:100], "JSON with rung, provenance, stamp_ns") from error
-    return dict(known)
+        rows = known["provenance"]
+        if not rows or any(type(cell) is not int or not 0 <= cell <= max(Provenance) for row in rows for cell in row):
+            raise ValueError("provenance")
+        info = ChunkInfo(
+            chunk_id=_number(known, "chunk_id", int), stamp_ns=_number(known, "stamp_ns", int),
+            rung=Rung[known["rung"]], provenance=np.array(rows, np.uint8), instruction=known["instruction"],
+            planning_ms=_number(known, "planning_ms", float), slack_ms=_number(known, "slack_ms", float),
+            max_deviation=_number(known, "max_deviation", float), num_tokens=_number(known, "num_tokens", int),
+        )  # fmt: skip
+        if info.provenance.ndim != 2 or not isinstance(info.instruction, str):
+            raise TypeError("provenance or instruction")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        expected = "JSON with the keys that docs/ros.md names"
+        raise BadObservation("trajectory_info", repr(error)[:100], expected) from error
+    return info
+
+
+def _number(known: dict[str, Any], name: str, kind: type) -> Any:
+    """A finite number of a JSON object.
+
+    Raises:
+        TypeError, ValueError: another type, or not finite.
+    """
+    value = known[name]
+    if type(value) not in ((int,) if kind is int else (int, float)):
+        raise TypeError(name)
+    if not math.isfinite(value):
+        raise ValueError(name)
+    return kind(value)
+
+
+def _float32(values: Sequence[float]) -> Float32:
+    """Float32 [n]; what does not fit becomes infinite."""
+    with np.errstate(over="ignore"):
+        return np.array(values, np.float32)
 
 
 def write_actions(actions: Float32, joints: Sequence[str]) -> Float64MultiArray:
@@ -216,7 +278,7 @@ def read_action(message: Float64MultiArray, size: int) -> Float32:
     Raises:
         BadObservation: another length, or not finite.
     """
-    action = np.array(message.data, np.float32)
+    action = _float32(message.data)
     if action.shape != (size,) or not np.isfinite(action).all():
         raise BadObservation("command", str(action.tolist())[:100], f"{size} finite numbers")
     return action

@@ -29,6 +29,9 @@ class SlotCounts:
         num_stale: looks at which a picture or the state was older than allowed.
         num_skewed: looks at which cameras, or pictures and state, were further apart than allowed.
         num_backwards: messages older than the one before from the same source.
+        num_future: looks at which a stamp lay further ahead than an observation may be old: the clocks of two machines
+            differ, or simulated time was asked for and there is none.
+        num_unequal: looks at which the cameras' pictures had different sizes.
     """
 
     num_images: int = 0
@@ -36,6 +39,8 @@ class SlotCounts:
     num_stale: int = 0
     num_skewed: int = 0
     num_backwards: int = 0
+    num_future: int = 0
+    num_unequal: int = 0
 
 
 @final
@@ -44,7 +49,8 @@ class ObservationSlots:
 
     Args:
         num_cameras: pictures of one observation, at least 1.
-        max_age_ns: an observation older than this is not planned for.
+        max_age_ns: an observation older than this is not planned for; a message that is older by more than this than
+            the one before from its source begins a new time.
         max_skew_ns: most time between the oldest and the newest part of one observation.
     """
 
@@ -69,7 +75,8 @@ class ObservationSlots:
             self.counts.num_images += 1
             if before is not None and stamp_ns < before[1]:
                 self.counts.num_backwards += 1
-                return
+                if not self._is_other_time(before[1], stamp_ns):
+                    return
             self._images[camera] = image, stamp_ns
             self._notify()
 
@@ -79,7 +86,9 @@ class ObservationSlots:
             self.counts.num_states += 1
             if self._states and stamp_ns < self._states[-1][1]:
                 self.counts.num_backwards += 1
-                return
+                if not self._is_other_time(self._states[-1][1], stamp_ns):
+                    return
+                self._states.clear()
             self._states.append((state, stamp_ns))
             self._notify()
 
@@ -95,6 +104,19 @@ class ObservationSlots:
     def instruction(self) -> str:
         """The words to follow; empty = none came yet."""
         return self._instruction
+
+    @property
+    def newest_state(self) -> Float32 | None:
+        """Joint positions that came last, float32 [S]; None = none came yet."""
+        with self._changed:
+            return self._states[-1][0] if self._states else None
+
+    def missing(self) -> list[str]:
+        """What never came, in words: an observation needs all of it."""
+        with self._changed:
+            said = [f"no picture of camera {i}" for i, image in enumerate(self._images) if image is None]
+            said += [] if self._states else ["no joint states"]
+            return said if self._instruction else [*said, "no instruction"]
 
     def clear(self) -> None:
         """Forget pictures and state, not the instruction: time jumped, or an episode began."""
@@ -134,13 +156,23 @@ class ObservationSlots:
             return None
         # Pictures take longer than joint states: what the arm was like when they were taken is a few messages back.
         state = min(states, key=lambda known: abs(known[1] - oldest))
+        if max((*stamps, state[1])) - now_ns > self._max_age_ns:
+            self.counts.num_future += 1
+            return None
         if now_ns - min(oldest, state[1]) > self._max_age_ns:
             self.counts.num_stale += 1
             return None
         if max((*stamps, state[1])) - min(oldest, state[1]) > self._max_skew_ns:
             self.counts.num_skewed += 1
             return None
+        if any(image.shape != known[0][0].shape for image, _ in known):
+            self.counts.num_unequal += 1
+            return None
         return Observation(np.stack([image for image, _ in known]), state[0], instruction, oldest, step)
+
+    def _is_other_time(self, before_ns: int, stamp_ns: int) -> bool:
+        """So far back that it is no message out of order: its sender's clock was set, or the one before was wrong."""
+        return before_ns - stamp_ns > self._max_age_ns
 
     def _notify(self) -> None:
         self._version += 1

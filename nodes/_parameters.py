@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,12 @@ def declare(node: Node, table: Sequence[Parameter]) -> dict[str, Any]:
                 f"{node.get_name()}: parameter {parameter.name} is {value!r}; valid: {', '.join(parameter.choices)}"
             )
         values[parameter.name] = value
+    known = {*values, "use_sim_time", "start_type_description_service"}
+    # What a parameter file says under a misspelt name would otherwise be lost without a word.
+    for name in sorted(getattr(node, "_parameter_overrides", {}).keys() - known):
+        close = difflib.get_close_matches(name, values, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        node.get_logger().warning(f"parameter {name} is none of this node's, ignored{hint}")
     return values
 
 

@@ -11,6 +11,7 @@ from typing import Any, final
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
@@ -59,7 +60,7 @@ class CameraNode(Node):
         ]
         self._status = self.create_publisher(DiagnosticArray, "status", 10)
         self.create_subscription(Float64MultiArray, "physics", self._on_physics, qos_profile(values, "physics"))
-        self.create_timer(1.0, self._publish_status)
+        self.create_timer(1.0, self._publish_status, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def _on_physics(self, message: Float64MultiArray) -> None:
         data = np.array(message.data, np.float64)

@@ -25,6 +25,7 @@ from vla_spec.nodes._bag import Bag
 from vla_spec.nodes._main import run_node
 from vla_spec.nodes._parameters import Parameter, declare
 from vla_spec.nodes._tick_statistics import TickStatistics
+from vla_spec.types import Rung
 
 PARAMETERS = (
     Parameter("period_error_p99_ms", 2.0, "WARN if commands are more irregular than this, p99 [ms]", 0.01, 1e4),
@@ -76,15 +77,16 @@ class MonitorNode(Node):
 
     def _on_info(self, message: String) -> None:
         try:
-            known = messages.read_info(message)
+            info = messages.read_info(message)
         except BadObservation as error:
             self._num_refused += 1
             self.get_logger().warning(str(error), throttle_duration_sec=1.0)
             return
-        self._planning_ms.append(float(known.get("planning_ms", 0.0)))
-        self._is_late.append(float(known.get("slack_ms", 0.0)) < 0)
-        self._age_ms.append((self.get_clock().now().nanoseconds - known["stamp_ns"]) / 1e6)
-        self._rungs[known["rung"]] = self._rungs.get(known["rung"], 0) + 1
+        self._planning_ms.append(info.planning_ms)
+        self._is_late.append(info.slack_ms < 0)
+        if info.rung is not Rung.STOP:  # a stop has the stamp of its own moment, no picture's
+            self._age_ms.append((self.get_clock().now().nanoseconds - info.stamp_ns) / 1e6)
+        self._rungs[info.rung.name] = self._rungs.get(info.rung.name, 0) + 1
 
     def _on_command(self, message: bytes) -> None:
         self._commands.begin(time.monotonic_ns())
@@ -96,6 +98,8 @@ class MonitorNode(Node):
         level, said = OK, "chunks in time"
         if self._planning_ms:
             for name, window in (("planning", self._planning_ms), ("picture_to_chunk", self._age_ms)):
+                if not window:
+                    continue
                 p50, p99 = np.percentile(window, (50, 99))
                 values |= {f"{name}_p50_ms": round(float(p50), 3), f"{name}_p99_ms": round(float(p99), 3)}
             values["late_share"] = round(float(np.mean(self._is_late)), 4)

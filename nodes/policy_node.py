@@ -4,44 +4,49 @@
   activate    warms up, starts planning
   deactivate  stops planning; the last thing it publishes is a decelerating stop
   cleanup     drops engines and buffers
-  error       returns to unconfigured, whatever was half built is dropped
+  error       returns to unconfigured, whatever was half built is dropped; the same if planning fails while active
 
-Callbacks only put messages into slots; a thread of its own plans, so that no executor ever waits for a forward.
+Callbacks only put messages into slots; a thread of its own plans (`PlanLoop`), so that no executor ever waits for a
+plan. A change of decoding is built between two plans, because target and drafter share an engine. The health that is
+published on ``status`` goes on in every state.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+import traceback
+from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.clock import JumpThreshold, TimeJump
+from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
 from rclpy.duration import Duration
-from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import Bool, Float64MultiArray, String
+from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from vla_spec.assemble import Assembler, Assembly
 from vla_spec.clock import NS_PER_S, MonotonicClock
-from vla_spec.config import merge, read_mode, resolve, set_key
-from vla_spec.errors import BadObservation, VlaSpecError
-from vla_spec.interfaces import ChunkHistory
+from vla_spec.config import Config, merge, read_mode, resolve, set_key
+from vla_spec.errors import VlaSpecError
 from vla_spec.nodes import _messages as messages
 from vla_spec.nodes._action_layout import ActionLayout
+from vla_spec.nodes._follow import Follow, read_goal
 from vla_spec.nodes._main import run_node, wait_s
 from vla_spec.nodes._observation_slots import ObservationSlots
 from vla_spec.nodes._parameters import Parameter, declare, qos_parameters, qos_profile
-from vla_spec.types import ActionChunk, Observation, Provenance, Rung
+from vla_spec.nodes._plan_loop import PlanLoop, Planned
+from vla_spec.types import Float32, Observation
 
 SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+GOAL = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 CHUNK = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, liveliness_lease_duration=Duration(seconds=0.5))
 
 PARAMETERS = (
@@ -73,6 +78,10 @@ PARAMETERS = (
 )  # fmt: skip
 #: How long one wait of the planning thread lasts; it looks at its stop flag as often [s].
 POLL_S = 0.2
+#: The planning thread looks as often whether a change of decoding is built [s].
+RELOAD_POLL_S = 0.002
+#: How often a goal is looked at [s], and how many looks lie between two feedbacks.
+FOLLOW_S, LOOKS_PER_FEEDBACK = 0.1, 5
 #: What the middleware is given to send the last message before the process ends [s].
 FLUSH_S = 0.05
 
@@ -87,13 +96,24 @@ class PolicyNode(LifecycleNode):
         self._monotonic = MonotonicClock()
         self._assembler: Assembler | None = None
         self._assembly: Assembly | None = None
-        self._wanted: Assembly | None = None  # takes over with the next chunk
+        self._slots: ObservationSlots | None = None
+        self._loop: PlanLoop | None = None
+        self._follow = Follow()
+        self._num_looks = 0
         self._thread: threading.Thread | None = None
-        self._stopping = threading.Event()
-        self._entities: list[Any] = []
-        self._counts = {"refused": 0, "plans": 0, "late": 0, "incompatible_qos": 0, "clock_jumps": 0}
+        self._stopping, self._reloading = threading.Event(), threading.Event()
+        self._engine_lock = threading.Lock()  # whoever calls the engine holds it
+        self._subscriptions_made: list[Any] = []
+        self._publishers_made: list[Any] = []
+        self._services_made: list[Any] = []
+        self._timers_made: list[Any] = []
+        self._counts = {"refused": 0, "incompatible_qos": 0, "clock_jumps": 0, "reloads": 0, "failures": 0}
         self._durations_ms: list[float] = []
-        self._last: ActionChunk | None = None
+        self._phase, self._failure = "unconfigured", ""
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._status = self.create_publisher(DiagnosticArray, "status", 10)
+        self.create_timer(1.0, self._publish_status, clock=self._steady)
+        self._trouble = self.create_guard_condition(self._on_trouble)
         self.add_on_set_parameters_callback(self._on_set)
         self._jump = self.get_clock().create_jump_callback(
             JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=True),
@@ -104,47 +124,31 @@ class PolicyNode(LifecycleNode):
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load engines; make topics."""
-        try:
-            self._assembler = Assembler()
-            self._assembly = self._assemble(str(self._values["mode"]), list(self._values["overrides"]))
-            self._layout = self._make_layout(self._assembly)
-        except VlaSpecError as error:
-            self.get_logger().error(str(error))
+        self._failure = ""
+        result = self._transit("configure", self._configure)
+        if result != TransitionCallbackReturn.SUCCESS:
             self._drop()
-            return TransitionCallbackReturn.FAILURE
-        except Exception as error:  # a driver or library that fails in its own way
-            self.get_logger().error(f"configure: {type(error).__name__}: {error}")
-            self._drop()
-            return TransitionCallbackReturn.ERROR
-        self._make_topics()
-        info = self._assembly.engine.info
-        self.get_logger().info(
-            f"configured: mode {self._assembly.config.mode}, engine {info.name} {info.precision} on {info.provider}, "
-            f"model {info.model_hash[:12]}"
-        )
-        return TransitionCallbackReturn.SUCCESS
+        return result
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Warm up, plan."""
-        assert self._assembly is not None
-        example = self._assembly.adapter.example()
-        for _ in range(int(self._values["warmup_plans"])):
-            now_ns = self._monotonic.now_ns()
-            self._assembly.policy.plan(replace(example, stamp_ns=now_ns), now_ns + 10 * NS_PER_S)
-        self._assembly.policy.reset()
+        result = self._transit("activate", self._warm_up)
+        if result != TransitionCallbackReturn.SUCCESS:
+            return result
         self._stopping.clear()
         self._thread = threading.Thread(target=self._plan, name="vla_spec planner", daemon=True)
         super().on_activate(state)
+        self._phase = "active"
         self._thread.start()
         return TransitionCallbackReturn.SUCCESS
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Decelerate, hold."""
+        self._end_goal("ABORTED", "policy_node was deactivated")
         self._end_planning()
-        if self._last is not None and self._last.rung is not Rung.STOP:
-            self._publish(self._stop_chunk(self._last), None)
-        self._last = None
-        return super().on_deactivate(state)
+        self._phase = "inactive"
+        super().on_deactivate(state)
+        return TransitionCallbackReturn.ERROR if self._failure else TransitionCallbackReturn.SUCCESS
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Back to nothing."""
@@ -153,9 +157,9 @@ class PolicyNode(LifecycleNode):
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """The same, from any state."""
-        if self._thread is not None:
-            self.on_deactivate(state)
+        self._end_planning()
         self._drop()
+        self._phase = "finalized"
         return TransitionCallbackReturn.SUCCESS
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -164,17 +168,59 @@ class PolicyNode(LifecycleNode):
         self._drop()
         return TransitionCallbackReturn.SUCCESS
 
-    def _assemble(self, mode: str, overrides: list[str]) -> Assembly:
-        assert self._assembler is not None
-        name, tree = read_mode(mode)
-        tree = {**tree, "model": self._values["model"], "num_threads": int(self._values["num_threads"])}
-        for assignment in filter(None, overrides):
+    def _transit(self, what: str, do: Callable[[], None]) -> TransitionCallbackReturn:
+        """The user's errors are a FAILURE, the state stays; all others an ERROR. Both are logged: rclpy would not."""
+        try:
+            do()
+        except VlaSpecError as error:
+            self.get_logger().error(f"{what}: {error}")
+            self._failure = str(error)
+            return TransitionCallbackReturn.FAILURE
+        except Exception as error:  # a driver or library that fails in its own way
+            self.get_logger().error(f"{what}: {traceback.format_exc()}")
+            self._failure = f"{what}: {type(error).__name__}: {error}"
+            return TransitionCallbackReturn.ERROR
+        self._failure = ""
+        return TransitionCallbackReturn.SUCCESS
+
+    def _configure(self) -> None:
+        self._assembler = Assembler()
+        assembly = self._assembly = self._assemble(self._config(self._values))
+        self._layout = self._make_layout(assembly)
+        self._make_topics(assembly)
+        info = assembly.engine.info
+        self._phase = "inactive"
+        self.get_logger().info(
+            f"configured: mode {assembly.config.mode}, engine {info.name} {info.precision} on {info.provider}, "
+            f"model {info.model_hash[:12]}"
+        )
+
+    def _warm_up(self) -> None:
+        """Plans that nobody plays. The first one of an engine may take much longer."""
+        assert self._assembly is not None
+        example = self._assembly.adapter.example()
+        for _ in range(int(self._values["warmup_plans"])):
+            now_ns = self._monotonic.now_ns()
+            self._assembly.policy.plan(example, now_ns + 10 * NS_PER_S)
+        self._assembly.policy.reset()
+
+    def _config(self, values: dict[str, Any]) -> Config:
+        """What decodes, as the parameters say.
+
+        Raises:
+            VlaSpecError: a mode or a setting that does not exist.
+        """
+        name, tree = read_mode(str(values["mode"]))
+        tree = {**tree, "model": values["model"], "num_threads": int(values["num_threads"])}
+        for assignment in filter(None, values["overrides"]):
             tree = set_key(tree, assignment)
-        runtime = {"clock": "real", "deadline_ms": float(self._values["deadline_ms"])}
-        config = resolve(merge(tree, {"runtime": runtime}), name)
-        adapter = self._assembler.adapter(config)
-        costs = self._assembly.costs if self._assembly is not None and not config.runtime.costs else None
-        return self._assembler.assemble(config, adapter.example(), costs)
+        runtime = {"clock": "real", "deadline_ms": float(values["deadline_ms"])}
+        return resolve(merge(tree, {"runtime": runtime}), name)
+
+    def _assemble(self, config: Config) -> Assembly:
+        """Build it and measure its costs: calls the engine. Engines stay, everything else is made anew."""
+        assert self._assembler is not None
+        return self._assembler.assemble(config, self._assembler.adapter(config).example())
 
     def _make_layout(self, assembly: Assembly) -> ActionLayout:
         space = assembly.policy.space
@@ -188,58 +234,71 @@ class PolicyNode(LifecycleNode):
             units = (domain.unit_per_bin[: domain.tokens_per_step].astype(np.float64) / bins).round(9).tolist()
         return ActionLayout(tuple(names), space.kinds, tuple(units), float(self._values["dt_s"]))
 
-    def _make_topics(self) -> None:
-        assert self._assembly is not None
+    def _make_topics(self, assembly: Assembly) -> None:
         values = self._values
-        example: Observation = self._assembly.adapter.example()
+        example: Observation = assembly.adapter.example()
         topics = [t for t in values["image_topics"] if t] or [f"image_{i}" for i in range(len(example.images))]
-        self._slots = ObservationSlots(
+        slots = self._slots = ObservationSlots(
             len(topics), round(values["max_age_ms"] * 1e6), round(values["max_skew_ms"] * 1e6)
         )
+        self._loop = PlanLoop(
+            slots, lambda: int(self.get_clock().now().nanoseconds), self._monotonic.now_ns, self._layout.dt_s,
+            int(values["execute_horizon"]),
+        )  # fmt: skip
         self._state_names = [n for n in values["state_joints"] if n] or list(self._layout.joints)
+        joints = self._layout.joints
+        self._start_of: list[int] | None = None
+        if set(joints) <= set(self._state_names):
+            self._start_of = [self._state_names.index(name) for name in joints]
+        else:
+            self.get_logger().warning(
+                "state_joints lacks some of joints: positions in trajectories count from the arm's pose at the "
+                "observation; action_node plays them, a stock controller must not"
+            )
         events = SubscriptionEventCallbacks(incompatible_qos=self._on_incompatible)
+
+        def hear(kind: Any, topic: str, callback: Any, profile: Any) -> None:
+            self._subscriptions_made.append(
+                self.create_subscription(kind, topic, callback, profile, event_callbacks=events)
+            )
+
         for i, topic in enumerate(topics):
             kind: Any = CompressedImage if topic.endswith("/compressed") else Image
-            self._entities.append(
-                self.create_subscription(
-                    kind, topic, lambda message, camera=i: self._on_image(camera, message),
-                    qos_profile(values, "image"), event_callbacks=events,
-                )
-            )  # fmt: skip
-        self._entities.append(
-            self.create_subscription(
-                JointState, "joint_states", self._on_joints, qos_profile(values, "joint_states"), event_callbacks=events
-            )
-        )
-        self._entities.append(
-            self.create_subscription(
-                String, "instruction", self._on_instruction, qos_profile(values, "instruction"), event_callbacks=events
-            )
-        )
+            hear(kind, topic, lambda message, camera=i: self._on_image(camera, message), qos_profile(values, "image"))
+        hear(JointState, "joint_states", self._on_joints, qos_profile(values, "joint_states"))
+        hear(String, "instruction", self._on_instruction, qos_profile(values, "instruction"))
+        hear(String, "follow", self._on_follow, GOAL)
+        hear(Bool, "done", self._on_done, GOAL)
         profile = qos_profile(values, "trajectory")
-        self._trajectory = self.create_lifecycle_publisher(JointTrajectory, "trajectory", profile)
-        self._info = self.create_lifecycle_publisher(String, "trajectory_info", profile)
-        self._numbers = (
-            self.create_lifecycle_publisher(Float64MultiArray, "action_chunk", profile)
-            if values["publishes_actions"]
-            else None
-        )
-        self._status = self.create_publisher(DiagnosticArray, "status", 10)
-        self._status_timer = self.create_timer(1.0, self._publish_status, clock=rclpy.clock.Clock(
-            clock_type=rclpy.clock.ClockType.STEADY_TIME))  # fmt: skip
+        said = PublisherEventCallbacks(incompatible_qos=self._on_incompatible)
+
+        def speak(kind: Any, topic: str) -> Any:
+            publisher = self.create_lifecycle_publisher(kind, topic, profile, event_callbacks=said)
+            self._publishers_made.append(publisher)
+            return publisher
+
+        self._trajectory, self._info = speak(JointTrajectory, "trajectory"), speak(String, "trajectory_info")
+        self._numbers = speak(Float64MultiArray, "action_chunk") if values["publishes_actions"] else None
+        self._feedback = self.create_publisher(String, "follow_feedback", LATCHED)
+        self._publishers_made.append(self._feedback)
+        self._services_made += [
+            self.create_service(Trigger, "~/reset", self._on_reset),
+            self.create_service(Trigger, "~/reload", self._on_reload),
+            self.create_service(Trigger, "cancel_follow", self._on_cancel),
+        ]
+        self._timers_made.append(self.create_timer(FOLLOW_S, self._look_at_goal, clock=self._steady))
 
     def finish(self) -> None:
         """The process ends: stop first."""
-        if self._thread is not None:
-            self._end_planning()
-            if self._last is not None and self._last.rung is not Rung.STOP:
-                self._publish(self._stop_chunk(self._last), None)
-                wait_s(FLUSH_S)
+        self._end_goal("ABORTED", "policy_node ends")
+        if self._end_planning():
+            wait_s(FLUSH_S)
         self._drop()
 
     # Messages in.
 
     def _on_image(self, camera: int, message: Any) -> None:
+        assert self._slots is not None
         try:
             read = messages.read_compressed if isinstance(message, CompressedImage) else messages.read_image
             self._slots.put_image(camera, read(message), messages.stamp_ns(message.header.stamp))
@@ -247,13 +306,16 @@ class PolicyNode(LifecycleNode):
             self._refuse(error)
 
     def _on_joints(self, message: JointState) -> None:
+        assert self._slots is not None
         try:
             state = messages.read_joints(message, self._state_names)
             self._slots.put_state(state, messages.stamp_ns(message.header.stamp))
-        except BadObservation as error:
+        except VlaSpecError as error:
             self._refuse(error)
 
     def _on_instruction(self, message: String) -> None:
+        assert self._slots is not None
+        self._end_goal("ABORTED", "another instruction came", message.data)
         self._slots.put_instruction(message.data)
 
     def _refuse(self, error: Exception) -> None:
@@ -261,134 +323,242 @@ class PolicyNode(LifecycleNode):
         self.get_logger().warning(str(error), throttle_duration_sec=1.0)
 
     def _on_incompatible(self, event: Any) -> None:
-        self._counts["incompatible_qos"] += 1
-        self.get_logger().warning(f"a publisher offers another quality of service ({event.last_policy_kind})")
+        self._counts["incompatible_qos"] += event.total_count_change
+        self.get_logger().warning(
+            f"somebody on one of the topics wants another quality of service ({event.last_policy_kind})"
+        )
 
     def _on_jump(self, jump: TimeJump) -> None:
         self._counts["clock_jumps"] += 1
-        if self._entities:
-            self._slots.clear()
-        self._last = None
+        if self._loop is not None:
+            self._loop.forget()
+
+    # A goal: words to follow until done or timeout.
+
+    def _on_follow(self, message: String) -> None:
+        assert self._slots is not None
+        try:
+            goal = read_goal(message.data)
+        except VlaSpecError as error:
+            self._refuse(error)
+            return
+        now_ns = self._monotonic.now_ns()
+        if self._phase != "active":
+            refused = Follow()
+            refused.start(goal, now_ns)
+            self._feedback.publish(String(data=refused.end(now_ns, "ABORTED", f"policy_node is {self._phase}")))
+            return
+        self._end_goal("ABORTED", "another goal came", goal.instruction)
+        self._follow.start(goal, now_ns)
+        self._slots.put_instruction(goal.instruction)
+        self._say_feedback("EXECUTING", "accepted")
+
+    def _on_done(self, message: Bool) -> None:
+        if message.data:
+            self._end_goal("SUCCEEDED", "done")
+
+    def _on_cancel(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        response.success = self._follow.goal is not None
+        response.message = "decelerating" if response.success else "there is no goal"
+        self._end_goal("CANCELED", "on request")
+        return response
+
+    def _look_at_goal(self) -> None:
+        if self._follow.goal is None:
+            return
+        if self._follow.is_timeout(self._monotonic.now_ns()):
+            self._end_goal("ABORTED", "timeout")
+            return
+        self._num_looks += 1
+        if self._num_looks % LOOKS_PER_FEEDBACK == 0:
+            self._say_feedback("EXECUTING", "; ".join(self._slots.missing()) if self._slots is not None else "")
+
+    def _say_feedback(self, status: str, said: str) -> None:
+        previous = None if self._loop is None else self._loop.previous
+        rung = "" if previous is None else previous.rung.name
+        plans = 0 if self._loop is None else self._loop.counts["plans"]
+        text = self._follow.feedback(self._monotonic.now_ns(), status, said, rung=rung, plans=plans)
+        self._feedback.publish(String(data=text))
+
+    def _end_goal(self, status: str, said: str, instruction: str = "") -> None:
+        """What is followed from now on; nothing: the planner sends a decelerating stop. No effect without a goal."""
+        if self._follow.goal is None or self._slots is None:
+            return
+        self._feedback.publish(String(data=self._follow.end(self._monotonic.now_ns(), status, said)))
+        self._slots.put_instruction(instruction)
+
+    # Changes while it plans.
 
     def _on_set(self, parameters: list[Any]) -> SetParametersResult:
         """A change of decoding: built now, refused now if it can't be, in use with the next chunk."""
         changed = {p.name: p.value for p in parameters if p.name in ("mode", "overrides", "deadline_ms")}
-        if not changed:
-            return SetParametersResult(successful=True)
-        before = dict(self._values)
-        self._values |= changed
-        if self._assembly is not None:
-            try:
-                self._wanted = self._assemble(str(self._values["mode"]), list(self._values["overrides"]))
-            except VlaSpecError as error:
-                self._values = before
-                return SetParametersResult(successful=False, reason=str(error))
+        wanted = {**self._values, **changed}
+        try:
+            if changed.keys() & {"mode", "overrides"}:
+                self._reload(self._config(wanted))
+        except VlaSpecError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        except Exception as error:  # a driver or library that fails in its own way; what there is goes on
+            self.get_logger().error(traceback.format_exc())
+            return SetParametersResult(successful=False, reason=f"{type(error).__name__}: {error}")
+        self._values = wanted
         return SetParametersResult(successful=True)
+
+    def _on_reload(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """The files behind the parameters may have changed: mode, drafter, costs. The engine stays."""
+        try:
+            self._reload(self._config(self._values))
+        except Exception as error:
+            response.success, response.message = False, f"{type(error).__name__}: {error}"
+            return response
+        response.success, response.message = True, f"mode {self._values['mode']}, from the next chunk on"
+        return response
+
+    def _reload(self, config: Config) -> None:
+        """Build between two plans; nothing to do before `configure`."""
+        if self._assembly is None:
+            return
+        self._reloading.set()
+        try:
+            with self._engine_lock:
+                self._assembly = self._assemble(config)
+                self._counts["reloads"] += 1
+        finally:
+            self._reloading.clear()
+
+    def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        assert self._loop is not None
+        self._loop.forget()
+        response.success, response.message = True, "what was observed and planned before now is forgotten"
+        return response
 
     # The planning thread.
 
     def _plan(self) -> None:
-        version, epoch_ns = 0, 0
-        previous: ActionChunk | None = None
-        while not self._stopping.is_set():
-            if self._wanted is not None:
-                self._assembly, self._wanted = self._wanted, None
-            assembly = self._assembly
-            assert assembly is not None
-            now_ns = self.get_clock().now().nanoseconds
-            dt_ns = round(self._layout.dt_s * NS_PER_S)
-            previous = previous if self._last is not None else None
-            due_ns = 0
-            if previous is not None and previous.instruction == self._slots.instruction:
-                due_ns = previous.observation_stamp_ns + int(self._values["execute_horizon"]) * dt_ns
-            observation = self._slots.look(now_ns, due_ns, 0)
-            if observation is None or (previous is not None and observation.stamp_ns <= previous.observation_stamp_ns):
-                version = self._slots.wait(version, POLL_S)
-                continue
-            if previous is None:
-                epoch_ns = observation.stamp_ns
-                assembly.policy.reset()
-            step = round((observation.stamp_ns - epoch_ns) / dt_ns)
-            observation = replace(observation, step=step)
-            history = None
-            if previous is not None and previous.instruction == observation.instruction and len(previous.tokens):
-                per_step = assembly.domain.tokens_per_step
-                consumed = min((step - previous.observation_step) * per_step, len(previous.tokens))
-                history = ChunkHistory(previous.tokens, consumed, 0, previous.actions)
-            age_ns = max(0, now_ns - observation.stamp_ns)
-            deadline_ns = self._monotonic.now_ns() + round(self._values["deadline_ms"] * 1e6) - age_ns
-            chunk = assembly.policy.plan(observation, deadline_ns, history)
-            self._counts["plans"] += 1
-            self._counts["late"] += chunk.is_late
-            self._durations_ms.append((chunk.ready_ns - chunk.start_ns) / 1e6)
-            previous = self._last = chunk
-            if not self._stopping.is_set():
-                self._publish(chunk, observation)
+        version = 0
+        assert self._loop is not None
+        assert self._slots is not None
+        try:
+            while not self._stopping.is_set():
+                if self._reloading.is_set():  # locks are not fair: step aside until the other one had its turn
+                    self._stopping.wait(RELOAD_POLL_S)
+                    continue
+                with self._engine_lock:
+                    assert self._assembly is not None
+                    budget_ns = round(self._values["deadline_ms"] * 1e6)
+                    planned = self._loop.look(self._assembly, budget_ns, self._is_simulated())
+                if planned is None:
+                    version = self._slots.wait(version, POLL_S)
+                elif not self._stopping.is_set():
+                    self._durations_ms.append((planned.chunk.ready_ns - planned.chunk.start_ns) / 1e6)
+                    self._publish(planned)
+        except Exception as error:
+            self.get_logger().error(f"planning: {traceback.format_exc()}")
+            self._failure = f"planning: {type(error).__name__}: {error}"
+            self._trouble.trigger()
 
-    def _publish(self, chunk: ActionChunk, observation: Observation | None) -> None:
-        start = None
-        if observation is not None and len(self._state_names) >= self._layout.size:
-            start = observation.state[: self._layout.size].tolist()
-        trajectory, info = messages.write_chunk(chunk, self._layout, start, str(self._values["frame_id"]))
+    def _on_trouble(self) -> None:
+        """The planning thread ended by an error: through `on_deactivate` and `on_error` to unconfigured."""
+        if self._failure and self._phase == "active":
+            self._counts["failures"] += 1
+            self.trigger_deactivate()
+
+    def _publish(self, planned: Planned) -> None:
+        trajectory, info = messages.write_chunk(
+            planned.chunk, self._layout, self._start(planned.state), str(self._values["frame_id"])
+        )
         self._info.publish(info)  # first: who gets the trajectory has its provenance
         self._trajectory.publish(trajectory)
         if self._numbers is not None:
-            self._numbers.publish(messages.write_actions(chunk.actions, self._layout.joints))
+            self._numbers.publish(messages.write_actions(planned.chunk.actions, self._layout.joints))
 
-    def _stop_chunk(self, last: ActionChunk) -> ActionChunk:
-        """From what was played last to a stand, over the space's own number of steps."""
-        assert self._assembly is not None
-        space = self._assembly.policy.space
-        now_ns = self.get_clock().now().nanoseconds
-        row = min(
-            len(last.actions) - 1, max(0, round((now_ns - last.observation_stamp_ns) / NS_PER_S / self._layout.dt_s))
-        )
-        before = last.actions[row - 1] if row else None
-        actions = np.stack([space.stop(last.actions[row], i, before) for i in range(space.stop_steps)])
-        return replace(
-            last, actions=actions, provenance=np.full(actions.shape, Provenance.HOLD, np.uint8), rung=Rung.STOP,
-            chunk_id=last.chunk_id + 1, observation_stamp_ns=now_ns, tokens=np.empty(0, np.int32),
-        )  # fmt: skip
+    def _start(self, state: Float32 | None) -> list[float] | None:
+        """Joint positions that the trajectory counts from, in its joints' order."""
+        if state is None or self._start_of is None:
+            return None
+        return [float(state[place]) for place in self._start_of]
 
-    def _end_planning(self) -> None:
+    def _end_planning(self) -> bool:
+        """Wait for the plan that is being made, then publish a stop. True if there was something to stop."""
+        if self._thread is None:
+            return False
         self._stopping.set()
-        if self._thread is not None:
-            self._slots.wake()
-            self._thread.join()
-            self._thread = None
+        assert self._slots is not None
+        self._slots.wake()
+        self._thread.join()
+        self._thread = None
+        assert self._loop is not None
+        assert self._assembly is not None
+        planned = self._loop.stop(self._assembly)
+        if planned is not None:
+            self._publish(planned)
+        return planned is not None
 
     def _drop(self) -> None:
-        for entity in self._entities:
-            self.destroy_subscription(entity)
-        for name in ("_trajectory", "_info", "_numbers"):
-            publisher = getattr(self, name, None)
-            if publisher is not None:
-                self.destroy_lifecycle_publisher(publisher)
-                setattr(self, name, None)
-        if getattr(self, "_status_timer", None) is not None:
-            self.destroy_timer(self._status_timer)
-            self.destroy_publisher(self._status)
-            self._status_timer = None
-        self._entities = []
-        self._assembly = self._assembler = self._wanted = None
+        """From the executor's thread only, as everything that makes or destroys entities."""
+        for timer in self._timers_made:
+            self.destroy_timer(timer)
+        for service in self._services_made:
+            self.destroy_service(service)
+        for subscription in self._subscriptions_made:
+            self.destroy_subscription(subscription)
+        for publisher in self._publishers_made:
+            self.destroy_lifecycle_publisher(publisher)
+        for made in (self._timers_made, self._services_made, self._subscriptions_made, self._publishers_made):
+            made.clear()
+        self._slots = self._loop = self._assembly = self._assembler = None
+        self._phase = "unconfigured"
+
+    def _is_simulated(self) -> bool:
+        return bool(self.get_clock().ros_time_is_active)
 
     def _publish_status(self) -> None:
         """What the monitor reads, once a second."""
         window, self._durations_ms = self._durations_ms, []
-        values: dict[str, Any] = {**self._counts, "rate_hz": len(window)}
+        values: dict[str, Any] = {"state": self._phase, **self._counts, "rate_hz": len(window)}
         if window:
             values |= {"p50_ms": round(float(np.median(window)), 3), "max_ms": round(max(window), 3)}
-        slots = self._slots.counts
-        values |= {"stale": slots.num_stale, "skewed": slots.num_skewed, "images": slots.num_images}
+        level, said = DiagnosticStatus.OK, self._phase
+        if self._slots is not None and self._loop is not None:
+            counts = self._slots.counts
+            values |= {
+                **self._loop.counts,
+                "clock_jumps": self._counts["clock_jumps"] + self._loop.counts["clock_jumps"],
+            }
+            values |= {f"rung.{rung.name.lower()}": count for rung, count in self._loop.rungs.items() if count}
+            values |= {
+                "images": counts.num_images, "stale": counts.num_stale, "skewed": counts.num_skewed,
+                "future": counts.num_future, "unequal": counts.num_unequal, "backwards": counts.num_backwards,
+            }  # fmt: skip
         if self._assembly is not None:
             values["mode"] = self._assembly.config.mode
+            if self._assembly.policy.last_error is not None:
+                values["last_error"] = str(self._assembly.policy.last_error)[:200]
+        if self._failure:
+            level, said = DiagnosticStatus.ERROR, self._failure[:200]
+        elif self._phase == "active":
+            level, said = self._health(bool(window))
         status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: planner", hardware_id="vla_spec", level=DiagnosticStatus.OK,
+            name=f"{self.get_fully_qualified_name()}: planner", hardware_id="vla_spec", level=level, message=said,
             values=[KeyValue(key=k, value=str(v)) for k, v in values.items()],
         )  # fmt: skip
         message = DiagnosticArray(status=[status])
         message.header.stamp = self.get_clock().now().to_msg()
         self._status.publish(message)
+
+    def _health(self, has_planned: bool) -> tuple[bytes, str]:
+        """Level and sentence of a node that is active: what it waits for."""
+        assert self._slots is not None
+        if self._is_simulated() and self.get_clock().now().nanoseconds == 0:
+            return DiagnosticStatus.WARN, "use_sim_time is true and nothing came on /clock"
+        missing = self._slots.missing()
+        if missing == ["no instruction"]:
+            return DiagnosticStatus.OK, "no instruction: nothing to do"
+        if missing:
+            return DiagnosticStatus.WARN, ", ".join(missing)
+        if not has_planned:
+            return DiagnosticStatus.WARN, "no observation of the last second could be used (see stale, skewed, future)"
+        return DiagnosticStatus.OK, "planning"
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from rosgraph_msgs.msg import Clock as ClockMessage
 
 from vla_spec.errors import BadConfig, MissingDependency
 from vla_spec.nodes import _messages as messages
-from vla_spec.nodes._main import run_node
+from vla_spec.nodes._main import run_node, wait_s
 from vla_spec.nodes._parameters import Parameter, declare
 
 PARAMETERS = (
@@ -32,6 +32,8 @@ PARAMETERS = (
 SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 TICK_S = 0.002
+#: What the middleware is given to send the last messages before the process ends [s].
+FLUSH_S = 0.1
 
 
 @final
@@ -88,9 +90,22 @@ class ReplayNode(Node):
 
     def _begin(self) -> None:
         self._messages: Iterator[Any] = self._reader.iter_messages(topics=self._played)
-        self._next = next(self._messages, None)
+        self._next = self._read()
         self._first_ns = 0 if self._next is None else self._next[2].log_time
         self._started_ns = time.monotonic_ns()
+
+    def _read(self) -> Any:
+        """The next message, None at the end.
+
+        Raises:
+            BadConfig: the file is damaged from here on.
+        """
+        try:
+            return next(self._messages, None)
+        except Exception as error:  # the reader has no base class for what a damaged file does to it
+            raise BadConfig(
+                f"replay_node: {self._values['bag']} is damaged ({type(error).__name__}: {error})"
+            ) from error
 
     def _tick(self) -> None:
         """Everything that is due."""
@@ -104,7 +119,7 @@ class ReplayNode(Node):
                     self._clock_publisher.publish(ClockMessage(clock=messages.to_stamp(message.log_time)))
                 self._publishers_of[channel.topic].publish(bytes(message.data))
             self.num_played += 1
-            self._next = next(self._messages, None)
+            self._next = self._read()
         if self._next is None:
             if self._values["loops"]:
                 self._begin()
@@ -112,7 +127,8 @@ class ReplayNode(Node):
                 self._is_over = True
 
     def finish(self) -> None:
-        """The process ends."""
+        """The process ends; the last messages are given time to leave."""
+        wait_s(FLUSH_S)
         self._file.close()
 
 

@@ -13,12 +13,13 @@ from typing import Any, final
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.parameter import Parameter as RosParameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Float64MultiArray, String
+from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
 
 from vla_spec import plugins
@@ -46,6 +47,8 @@ PARAMETERS = (
     *qos_parameters("joint_states", SENSOR),
     *qos_parameters("command", SENSOR),
 )  # fmt: skip
+#: How long an episode waits for actor and planner to forget the one before [ns].
+RESET_TIMEOUT_NS = 1_000_000_000
 
 
 @final
@@ -64,21 +67,26 @@ class SimNode(Node):
         self._seeds = [int(seed) for seed in values["seeds"]]
         self._time_ns = self._period_ns  # zero means "no time yet" in ROS
         self._command: Any = None
+        self._last: Any = None  # what was applied last in this episode
+        self._answers: list[Any] | None = None  # of those that were asked to forget the episode before
         self._outcomes: list[dict[str, Any]] = []
-        self._counts = {"commands": 0, "replaced": 0, "missing": 0, "refused": 0}
+        self._counts = {"commands": 0, "replaced": 0, "missing": 0, "refused": 0, "before_reset": 0}
         self._is_over = False
         self._clock_publisher = self.create_publisher(ClockMessage, "/clock", 1) if values["publishes_clock"] else None
         self._physics = self.create_publisher(Float64MultiArray, "physics", qos_profile(values, "physics"))
         self._joints = self.create_publisher(JointState, "joint_states", qos_profile(values, "joint_states"))
         self._instruction = self.create_publisher(String, "instruction", LATCHED)
         self._episode = self.create_publisher(String, "episode", LATCHED)
+        self._done = self.create_publisher(Bool, "done", 10)
         self._status = self.create_publisher(DiagnosticArray, "status", 10)
+        self._resets = [self.create_client(Trigger, name) for name in ("reset", "policy_node/reset")]
         self.create_subscription(Float64MultiArray, "command", self._on_command, qos_profile(values, "command"))
         self.create_service(Trigger, "reset_episode", self._on_reset)
         self._ticks = TickStatistics(round(self._period_ns / values["time_scale"]))
         self._begin(self._seeds.pop(0))
-        self._timer = self.create_timer(self._period_ns / NS_PER_S / values["time_scale"], self._tick)
-        self._status_timer = self.create_timer(1.0, self._publish_status)
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # the system's date may be set
+        self._timer = self.create_timer(self._period_ns / NS_PER_S / values["time_scale"], self._tick, clock=steady)
+        self._status_timer = self.create_timer(1.0, self._publish_status, clock=steady)
 
     def is_over(self) -> bool:
         """All episodes are played."""
@@ -87,7 +95,8 @@ class SimNode(Node):
     def _begin(self, seed: int) -> None:
         self._seed = seed
         self._robot.reset(seed)
-        self._steps, self._command, self._is_begun = 0, None, False
+        self._steps, self._command, self._last = 0, None, None
+        self._is_begun, self._answers, self._asked_ns = False, None, 0
         self._instruction.publish(String(data=self._robot.instruction))
         self._say("begins")
         self._show()
@@ -99,9 +108,29 @@ class SimNode(Node):
             self._counts["refused"] += 1
             self.get_logger().warning(str(error), throttle_duration_sec=1.0)
             return
+        if not self._is_fresh():
+            self._counts["before_reset"] += 1
+            return
         self._counts["commands"] += 1
         self._counts["replaced"] += self._command is not None
         self._command = action
+
+    def _is_fresh(self) -> bool:
+        """Whether a command is for this episode.
+
+        The first one of an episode may be for the world before it. So actor and planner, if they are ours, are asked to
+        forget that, and until they answered nothing that they say counts.
+        """
+        if self._answers is None:
+            self._answers = [c.call_async(Trigger.Request()) for c in self._resets if c.service_is_ready()]
+            self._asked_ns = time.monotonic_ns()
+        if all(answer.done() for answer in self._answers):
+            is_first, self._answers = bool(self._answers), []
+            return not is_first  # this one may have been on its way
+        if time.monotonic_ns() - self._asked_ns > RESET_TIMEOUT_NS:
+            self.get_logger().warning("no answer to reset: the episode begins all the same")
+            self._answers = []
+        return False
 
     def _tick(self) -> None:
         """One control step of the world."""
@@ -126,9 +155,8 @@ class SimNode(Node):
     def _rest(self) -> Any:
         """Stand still: no increments, switches as they were."""
         action = np.zeros_like(self._robot.action_low)
-        last = getattr(self, "_last", None)
-        if last is not None:
-            action[-1] = last[-1]
+        if self._last is not None:
+            action[-1] = self._last[-1]
         return action
 
     def _show(self) -> None:
@@ -144,6 +172,8 @@ class SimNode(Node):
              "steps": self._steps}
         )  # fmt: skip
         self._say("ended")
+        if self._robot.is_success:
+            self._done.publish(Bool(data=True))
         if self._seeds:
             self._begin(self._seeds.pop(0))
         else:

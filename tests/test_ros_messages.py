@@ -36,7 +36,7 @@ def picture(encoding="rgb8", channels=3, padding=0):
 def test_a_chunk_comes_back_as_it_was():
     sent = chunk()
     trajectory, info = messages.write_chunk(sent, LAYOUT, [0.1, 0.2, 0.0])
-    got = messages.read_chunk(trajectory, info, LAYOUT, step=12)
+    got = messages.read_chunk(trajectory, messages.read_info(info), LAYOUT, step=12)
     np.testing.assert_array_equal(got.actions, sent.actions)
     np.testing.assert_array_equal(got.provenance, sent.provenance)
     assert (got.rung, got.chunk_id, got.instruction, got.observation_stamp_ns, got.observation_step) == (
@@ -63,7 +63,7 @@ def test_without_provenance_a_chunk_counts_as_unverified(info):
     trajectory, own = messages.write_chunk(chunk(), LAYOUT, None)
     if info is not None:
         own = messages.write_chunk(chunk(stamp_ns=9), LAYOUT, None)[1]
-    got = messages.read_chunk(trajectory, own if info else None, LAYOUT, 0)
+    got = messages.read_chunk(trajectory, messages.read_info(own) if info else None, LAYOUT, 0)
     assert (got.provenance == Provenance.DRAFTED).all()
     assert got.rung is Rung.DRAFT_TAIL
 
@@ -112,8 +112,9 @@ def other_shape(trajectory, info):
     [other_joints, no_points, short_row, other_times, not_a_number, not_json, unknown_rung, other_shape],
 )
 def test_what_is_no_chunk_is_refused(change):
+    trajectory, info = broken(change)
     with pytest.raises(BadObservation, match=r"valid|expected"):
-        messages.read_chunk(*broken(change), LAYOUT, 0)
+        messages.read_chunk(trajectory, messages.read_info(info), LAYOUT, 0)
 
 
 @pytest.mark.parametrize("padding", [0, 3])
