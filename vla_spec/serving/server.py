@@ -11,13 +11,13 @@ import contextlib
 import ipaddress
 import logging
 import math
+import os
 import queue
-import sys
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple, final
 
@@ -194,7 +194,7 @@ class PlanServer:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._thread: threading.Thread | None = None
-        self._is_stopping = False
+        self._is_ending = self._is_stopping = False
         self._error: BaseException | None = None
         self._was_told_ns = now_ns()
         #: Counts and times since the start; written by the listening thread.
@@ -239,19 +239,21 @@ class PlanServer:
         self._thread.start()
 
     def _bind(self) -> None:
-        scheme, _, path = self._options.bind.partition("://")
-        if scheme == "ipc" and sys.platform != "win32":
-            if _is_served(self._context, self._options.bind):  # ZeroMQ would take the path away from its owner
-                raise zmq.ZMQError(zmq.EADDRINUSE)
+        if not self._options.bind.startswith("ipc://"):
             self._router.bind(self._options.bind)
-            Path(path).chmod(0o600)  # this user's processes only
-        else:
+            return
+        if _is_served(self._options.bind):  # ZeroMQ would take the path away from its owner
+            raise zmq.ZMQError(zmq.EADDRINUSE)
+        mask = os.umask(0o177)  # this user's processes only, from the first moment on
+        try:
             self._router.bind(self._options.bind)
+        finally:
+            os.umask(mask)
 
     def run(self) -> None:
         """Plan until `stop` is called. What a plan or the listening thread raises ends it, and is raised here."""
         try:
-            while self._tokens.get() and self._error is None:
+            while self._tokens.get() and not self._is_ending and self._error is None:
                 job = self._turns.take(self._now_ns())
                 if job is not None:  # its place may have been taken by a newer one, which had a token of its own
                     self._plan(job)
@@ -261,7 +263,8 @@ class PlanServer:
             raise self._error
 
     def stop(self) -> None:
-        """Let `run` return. From any thread, or a signal handler."""
+        """Let `run` return as soon as the plan in hand is made. From any thread, or a signal handler."""
+        self._is_ending = True
         self._tokens.put(False)
 
     def close(self) -> None:
@@ -548,16 +551,14 @@ def _listed(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _drain(socket: zmq.Socket[bytes]) -> None:
+def _drain(pair: zmq.Socket[bytes]) -> None:
     with contextlib.suppress(zmq.Again):
         while True:
-            socket.recv(zmq.NOBLOCK)
+            pair.recv(zmq.NOBLOCK)
 
 
-def _is_served(context: zmq.Context[zmq.Socket[bytes]], address: str) -> bool:
+def _is_served(address: str) -> bool:
     """Somebody listens at an ``ipc`` path."""
-    import socket
-
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(address.removeprefix("ipc://"))
