@@ -42,7 +42,7 @@ class HeadGraph:
         most: letter -> its largest size.
 
     Raises:
-        BadModel: the graph is missing, of another form, or the runtime has no size for it.
+        BadModel: the graph is missing or of another form.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class HeadGraph:
                 f"exported in another form, export it again"
             )
         self._specs = {**inputs, **outputs}
-        self._sizes = {letter: self._sizes_of(file, letter) for letter in most}
+        tiers = runtime.tiers
+        self._sizes = {} if tiers is None else {d: (*(t for t in tiers if t < n), n) for d, n in most.items()}
         self.state = runtime.state((2, 1, config.num_heads, rows, config.head_width))
         self._whole: dict[str, Array] = {}
         self._tied: dict[tuple[int, ...], Tied] = {}
 
-    def largest(self, letter: str) -> int:
-        """Most that one call takes."""
-        sizes = self._sizes[letter]
-        return sizes[-1] if sizes else self._most[letter]
-
     def padded(self, letter: str, size: int) -> int:
-        """The smallest size that the runtime can run and that holds so many; at most `largest`."""
-        return next((tier for tier in self._sizes[letter] if tier >= size), min(size, self.largest(letter)))
+        """The smallest size in use that holds so many.
+
+        A runtime with tiers has prepared, or captured, each size that is in use: a drafter uses the tiers below its
+        largest size, and that. Without tiers every size is.
+        """
+        return next((known for known in self._sizes.get(letter, ()) if known >= size), size)
 
     def tied(self, *sizes: int) -> Tied:
         """The call of these sizes, in the order of ``most``; its buffers are reused by every call of these sizes."""
@@ -92,18 +92,6 @@ class HeadGraph:
             largest = tuple(self._most[d] if isinstance(d, str) else d for d in shape)
             self._whole[name] = self._runtime.empty((math.prod(largest),), kind)
         return self._whole[name][: math.prod(wanted)].reshape(wanted)
-
-    def _sizes_of(self, file: Path, letter: str) -> tuple[int, ...]:
-        tiers = self._runtime.tiers
-        if tiers is None:
-            return ()
-        sizes = tuple(tier for tier in tiers if tier <= self._most[letter])
-        if not sizes:
-            raise BadModel(
-                f"{file}: {self._runtime.name} was built for {', '.join(map(str, tiers))} rows; valid for a drafter: "
-                f"at least one size up to {self._most[letter]}; build smaller tiers"
-            )
-        return sizes
 
 
 def open_head(name: str, parts: Parts) -> tuple[Path, HeadConfig, GraphRuntime]:

@@ -82,7 +82,7 @@ class BlockHeadDrafter:
     def propose(self, prefix: Int32, plan: Plan, features: object | None) -> Draft:
         """A chain, or with ``plan.top_k`` > 1 the best ``plan.gamma`` nodes of a tree."""
         m = len(prefix)
-        n = min(plan.depth, self._num_tokens - m, self._network.largest("n"))
+        n = min(plan.depth, self._num_tokens - m)
         if n < 1 or plan.gamma < 1 or not isinstance(features, np.ndarray):
             return EMPTY_DRAFT
         total = self._prompt_length + m - 1
@@ -90,9 +90,7 @@ class BlockHeadDrafter:
         # Rows stay valid up to the longest common prefix with the tokens of the last call. At least one row is always
         # read again, so that no dimension is ever zero.
         known = self._prompt_length + common_length(prefix, self._prefix)
-        done = min(self._rows, known, total - 1)
-        while done < total:
-            done, tokens, probs = self._run(done, total, features, prefix, n)
+        tokens, probs = self._run(min(self._rows, known, total - 1), total, features, prefix, n)
         self._rows, self._prefix = total, prefix.copy()
         if not np.isfinite(probs.sum()):
             self._network.state.clear()  # masked or not, NaN in a cache spreads
@@ -105,26 +103,25 @@ class BlockHeadDrafter:
         length = max(1, min(length, plan.gamma, n))
         return Draft.chain(tokens[:length, 0].astype(np.int32))
 
-    def _run(self, done: int, total: int, features: Float32, prefix: Int32, n: int) -> tuple[int, Array, Array]:
-        """Read target rows from ``done`` on, draft n positions; returns the rows that are known then, tokens, probs."""
+    def _run(self, done: int, total: int, features: Float32, prefix: Int32, n: int) -> tuple[Array, Array]:
+        """Read target rows from ``done`` on, draft n positions: tokens and probabilities, [n, 4]."""
         m, network = len(prefix), self._network
         r, padded = network.padded("r", total - done), network.padded("n", n)
         # A call of a fixed size reads rows again that are known; only at the start are there too few of them.
-        start = max(0, min(done, total - r))
-        end = min(start + r, total)
+        start = max(0, total - r)
         arrays, call = network.tied(r, padded)
-        arrays["features"][: end - start] = features[start:end]
-        arrays["features"][end - start :] = 0
+        arrays["features"][: total - start] = features[start:total]
+        arrays["features"][total - start :] = 0
         np.minimum(self._counting[start : start + r], self._capacity - 1, out=arrays["row"])
         arrays["write_index"][0], arrays["last"][0] = start, prefix[-1]
         np.minimum(self._counting[m : m + padded], network.config.num_tokens - 1, out=arrays["positions"])
         arrays["history"][:] = self._history[m : m + padded]
         mask = arrays["mask"]
-        mask[..., :end] = True
-        mask[..., end:] = False
+        mask[..., :total] = True
+        mask[..., total:] = False
         mask[..., start + r : start + r + n] = True
         call.run()
-        return end, arrays["tokens"][:n], arrays["probs"][:n]
+        return arrays["tokens"][:n], arrays["probs"][:n]
 
     def _tree(self, tokens: Any, probs: Any, plan: Plan) -> Draft:
         """Best-first by path probability; later positions do not depend on the branch, so a branch may rejoin."""

@@ -92,7 +92,7 @@ class FeatureHeadDrafter:
             self._network.state.clear()  # masked or not, NaN in a cache spreads
             self._rows = 0
             return EMPTY_DRAFT
-        width = min(max(plan.top_k, 1), FEATURE_CHOICES, self._network.largest("n"))
+        width = min(max(plan.top_k, 1), FEATURE_CHOICES)
         # Level 1: children of the last committed row.
         tokens = best[-1, :width].astype(np.int32)
         score = logp[-1, :width].astype(np.float64)
@@ -189,24 +189,21 @@ class FeatureHeadDrafter:
         known = self._context + common_length(prefix, self._prefix)
         self._ids[: self._context] = self._prompt_id
         self._ids[self._context : total] = prefix
-        done = min(self._rows, known, total - 1)
-        while done < total:
-            n = network.padded("n", total - done)
-            # A call of a fixed size computes rows again that are known; only at the start are there too few of them.
-            start = max(0, min(done, total - n))
-            done = min(start + n, total)
-            r = done - start
-            arrays, call = network.tied(n)
-            arrays["features"][:r], arrays["features"][r:] = features[start:done], 0
-            arrays["is_own"][:] = False
-            arrays["ids"][:r], arrays["ids"][r:] = self._ids[start:done], self._prompt_id
-            np.minimum(self._counting[start : start + n], self._capacity - 1, out=arrays["positions"])
-            arrays["write_index"][0] = start
-            mask = arrays["mask"][0, 0]
-            mask[:, :start] = True
-            mask[:, start:] = False
-            mask[:, start : start + n] = self._causal[:n, :n]
-            call.run()
+        n = network.padded("n", total - min(self._rows, known, total - 1))
+        # A call of a fixed size computes rows again that are known; only at the start are there too few of them.
+        start = max(0, total - n)
+        r = total - start
+        arrays, call = network.tied(n)
+        arrays["features"][:r], arrays["features"][r:] = features[start:total], 0
+        arrays["is_own"][:] = False
+        arrays["ids"][:r], arrays["ids"][r:] = self._ids[start:total], self._prompt_id
+        np.minimum(self._counting[start : start + n], self._capacity - 1, out=arrays["positions"])
+        arrays["write_index"][0] = start
+        mask = arrays["mask"][0, 0]
+        mask[:, :start] = True
+        mask[:, start:] = False
+        mask[:, start : start + n] = self._causal[:n, :n]
+        call.run()
         self._rows, self._prefix = total, prefix.copy()
         return arrays["tokens"][:r], arrays["logp"][:r], arrays["out"][:r]
 
