@@ -29,7 +29,7 @@ from vla_spec.engines.nets.openvla.checkpoint import Checkpoint, Piece
 from vla_spec.engines.nets.openvla.config import OpenVLAConfig
 from vla_spec.engines.nets.openvla.export import ExportOptions, export_checkpoint
 from vla_spec.engines.nets.openvla.layout import checkpoint_shapes, folder_pieces
-from vla_spec.engines.nets.openvla.miniature import MiniatureOptions, write_checkpoint, write_random
+from vla_spec.engines.nets.openvla.miniature import MiniatureOptions, write_checkpoint, write_random, write_shards
 from vla_spec.engines.nets.openvla.spec_vla import drafter_shapes, drafter_spec, export_drafter
 from vla_spec.engines.nets.openvla.timm_models import load_timm, sizes
 from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
@@ -305,6 +305,61 @@ def test_a_fine_tuned_checkpoints_statistics_take_the_place_of_the_configuration
     assert len(config.statistics) == 2
 
 
+def test_the_first_versions_checkpoints_have_one_transformer_and_another_prompt(tmp_path):
+    """openvla-v01-7b: SigLIP alone, a projector of two layers, pictures padded to a square, a chat model's prompt."""
+    write_checkpoint(tmp_path, SIZES)
+
+    def one(config):
+        for name in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_overrides"):
+            config[name] = config[name][1:]
+        config |= {"use_fused_vision_backbone": False, "image_resize_strategy": "letterbox"}
+        config |= {"llm_backbone_id": "vicuna-v15-7b", "vision_backbone_id": "siglip-vit-so400m"}
+
+    def one_picture(config):
+        for name in ("input_sizes", "interpolations", "means", "stds"):
+            config[name] = config[name][1:]
+        config["image_resize_strategy"] = "letterbox"
+
+    edit(tmp_path, "config.json", one)
+    edit(tmp_path, "preprocessor_config.json", one_picture)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    config = OpenVLAConfig.from_folder(tmp_path)
+    shapes = checkpoint_shapes(config, tuple(sizes(part) for part in config.vision))
+    assert {name for name in shapes if name.startswith("projector")} == {
+        f"projector.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+    write_shards(tmp_path, shapes, SIZES, seed=0)
+    out = tmp_path / "out"
+    export_checkpoint(tmp_path, out, ExportOptions(unnorm_key=KEY, max_words=240), silent)
+    engine = GraphEngine(out, OnnxRuntimeRuntime())  # which compares with the reference
+    adapter = load(out)
+    picture = np.full((1, 30, 60, 3), 200, np.uint8)
+    inputs = adapter.encode(Observation(picture, np.zeros(0, np.float32), "go", 0, 0))
+    assert inputs["images"].shape == (1, 56, 56, 3)
+    assert (inputs["images"][0, 0] == 127).all()
+    assert (inputs["images"][0, 28] == 200).all()
+    engine.prefill(inputs)
+    words = adapter._words_of.decode(inputs["words"][0].tolist())
+    assert words.strip().startswith("A chat between a curious user and an artificial intelligence assistant.")
+    assert "USER: What action should the robot take to go? ASSISTANT:" in words
+
+
+def test_transformers_that_resize_in_their_own_ways_get_a_picture_each(tmp_path):
+    write_checkpoint(tmp_path, SIZES)
+    edit(tmp_path, "preprocessor_config.json", lambda c: c.update(interpolations=["bicubic", "bilinear"]))
+    export_checkpoint(tmp_path, tmp_path / "out", OPTIONS, silent)
+    engine = GraphEngine(tmp_path / "out", OnnxRuntimeRuntime())
+    adapter = load(tmp_path / "out")
+    inputs = adapter.encode(adapter.example())
+    assert inputs["images"].shape == (2, 56, 56, 3)
+    before = engine.prefill(inputs).logits.copy()
+    for i in (0, 1):
+        other = {**inputs, "images": inputs["images"].copy()}
+        other["images"][i] = 0
+        assert np.abs(engine.prefill(other).logits - before).max() > 1e-3
+
+
 def test_full_size_has_the_published_tensors():
     """Names and number of parameters of openvla-7b, from the configuration alone."""
     from vla_spec.engines.nets.openvla.config import DINO, SIGLIP, VisionPart
@@ -481,3 +536,17 @@ def test_weights_of_another_model_are_noticed(model, tmp_path):
     (tmp_path / "target.safetensors").write_bytes(data)
     with pytest.raises(BadModel, match="corrupt or of another model"):
         GraphEngine(tmp_path, OnnxRuntimeRuntime())
+
+
+@pytest.mark.slow
+def test_the_drafter_builds_with_tensorrt(model, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra [tensorrt-rtx]")
+    from vla_spec.engines._trt.builder import BuilderOptions
+    from vla_spec.engines.build import BuildOptions, build_engine
+    from vla_spec.progress import Silent
+
+    tiers = (8, 64, ModelFiles.describe(model).decoder.capacity)
+    options = BuildOptions(precision="fp16", tiers=tiers, builder=BuilderOptions((89,)))
+    summary = build_engine(model, options, Silent(), tmp_path).graphs["spec_vla_head"].summary
+    assert (summary["kv_updates"], summary["attentions"]) == (2, 1)
+    assert summary["precisions"]["MATRIX_MULTIPLY"] == {"fp16": 7}

@@ -29,7 +29,7 @@ from vla_spec.engines.nets.openvla.config import (
 from vla_spec.engines.nets.openvla.layout import Shapes, checkpoint_shapes
 from vla_spec.engines.nets.openvla.timm_models import sizes
 
-#: Numbers drawn at a time.
+#: Numbers drawn for a tensor at most.
 BLOCK = 1 << 20
 #: Statistics of two data sets: an arm's seven numbers, the gripper not normalised.
 ARM_STATISTICS: dict[str, Any] = {
@@ -206,11 +206,13 @@ def write_random(path: Path, shapes: Shapes, rng: np.random.Generator, sharpness
         for name, shape in shapes.items():
             middle, spread = _law(name, shape, sharpness)
             left = math.prod(shape)
-            while left:
-                n = min(left, BLOCK)
-                values = middle + spread * rng.standard_normal(n, np.float32)
-                file.write((values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes())
-                left -= n
+            drawn = rng.standard_normal(min(left, BLOCK), np.float32) * np.float32(spread) + np.float32(middle)
+            half = (drawn.view(np.uint32) >> 16).astype(np.uint16)
+            while left:  # larger tensors repeat what was drawn, each time from another place on
+                count = min(left, len(half))
+                start = int(rng.integers(len(half))) if count == BLOCK else 0
+                file.write(np.roll(half, start)[:count].tobytes())
+                left -= count
 
 
 def _law(name: str, shape: tuple[int, ...], sharpness: float) -> tuple[float, float]:
