@@ -40,6 +40,8 @@ FORMAT = 1
 #: The calibration's name in a model folder.
 CALIBRATION = "quantization.json"
 PRECISIONS = ("int8",)
+#: Folder of a drafter that is a model of its own.
+SMALL_MODEL = "small"
 #: Ways to choose ranges that are tried unless others are asked for.
 METHODS = ("99.9", "99.99", "99.999", "max", "mse")
 #: What every number of a calibration file means.
@@ -309,7 +311,7 @@ def choose(
         progress.step(recipe.ranges)
     best = fitted[int(np.argmin([one.quality.divergence for one in tried]))]
     evidence = {
-        "tried": [{**asdict(one.recipe), **one.quality._asdict()} for one in tried],
+        "tried": [{**asdict(one.recipe), "keep": list(one.recipe.keep), **one.quality._asdict()} for one in tried],
         "outliers": {name: magnitudes.summary() for name, magnitudes in observed.magnitudes.items()},
         "versions": {name: str(importlib.import_module(name).__version__) for name in ("onnx", "onnxruntime", "numpy")},
     }
@@ -408,6 +410,12 @@ def write_quantized(model_dir: Path, calibration: Calibration, where: Path) -> P
 def write_calibration(file: Path, calibration: Calibration) -> None:
     """Write the calibration, whole or not at all."""
     write_json(file, calibration.to_json())
+
+
+def model_folders(model_dir: Path) -> list[Path]:
+    """The folder, and the small drafter's inside it if there is one."""
+    small = model_dir / SMALL_MODEL
+    return [model_dir, small] if (small / DECODER_GRAPH).is_file() else [model_dir]
 
 
 def load_graph(file: Path) -> Any:

@@ -31,7 +31,7 @@ def command(
         "models/metaworld"
     ),
     out: Annotated[
-        Path | None, typer.Option(help="File to write, *.json. Default: quantization.json in the model folder.")
+        Path | None, typer.Option(help="Folder to write quantization.json to. Default: the model folder.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Demonstrations to calibrate on. Default: episodes that the policy plays.")
@@ -59,12 +59,12 @@ def command(
 ) -> None:
     """Ranges of activations for int8, by their effect on tokens of episodes that were not calibrated on.
 
+    Writes quantization.json into the model folder, and one for the small drafter inside it.
+
     `vla-spec quantize` then writes the graph; without --data it needs the simulator.
     """
     half = max(1, episodes // 2)
     check_training_seeds(seed_start, episodes + half)
-    if out is not None and out.suffix != ".json":
-        raise BadConfig(f"--out {out}: valid: a file name that ends in .json")
     configs = resolve_modes(mode, config, override_tree(model, None, robot, threads, None, None, None), set_)
     if len(configs) != 1:
         raise BadConfig(f"--mode {mode}: valid: one mode")
@@ -76,7 +76,15 @@ def command(
 
     from vla_spec.assemble import Assembler
     from vla_spec.calib.observations import closed_loop_observations, demonstrated_observations
-    from vla_spec.calib.quantize import CALIBRATION, Recipe, Study, choose, print_tried, write_calibration
+    from vla_spec.calib.quantize import (
+        CALIBRATION,
+        Recipe,
+        Study,
+        choose,
+        model_folders,
+        print_tried,
+        write_calibration,
+    )
     from vla_spec.progress import LiveProgress
     from vla_spec.results import environment
 
@@ -99,11 +107,11 @@ def command(
             seen, other = closed_loop_observations(
                 assembler, configs[0], split(tasks), ((first, observations), (rest, held_out)), max_steps, progress
             )
-        study = Study(model_dir, adapter.domain.num_tokens, configs[0].num_threads)
-        best, tried = choose(
-            study, [adapter.encode(one.observation) for one in seen.items],
-            [adapter.encode(one.observation) for one in other.items], recipes, progress,
-        )  # fmt: skip
+        inputs, rest_inputs = ([adapter.encode(one.observation) for one in part.items] for part in (seen, other))
+        chosen = {}
+        for folder in model_folders(model_dir):
+            study = Study(folder, adapter.domain.num_tokens, configs[0].num_threads)
+            chosen[folder] = choose(study, inputs, rest_inputs, recipes, progress)
     evidence = {
         "command": shlex.join(["vla-spec", *context.obj]),
         "created": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
@@ -112,8 +120,8 @@ def command(
         "held_out": other.provenance(),
         "environment": environment(configs[0].num_threads),
     }
-    best = replace(best, evidence={**evidence, **best.evidence})
-    path = model_dir / CALIBRATION if out is None else out
-    write_calibration(path, best)
-    print_tried(tried, best, Console())
-    typer.echo(path)
+    for folder, (best, tried) in chosen.items():
+        path = (model_dir if out is None else out) / folder.relative_to(model_dir) / CALIBRATION
+        write_calibration(path, replace(best, evidence={**evidence, **best.evidence}))
+        print_tried(tried, best, Console())
+        typer.echo(path)
