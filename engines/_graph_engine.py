@@ -12,7 +12,7 @@ from typing import NamedTuple, final
 import numpy as np
 
 from vla_spec.engines._graph_runtime import Array, Call, GraphRuntime
-from vla_spec.engines._model_files import DECODER_GRAPH, GOLDEN, PROMPT_GRAPH, WEIGHTS, ModelFiles
+from vla_spec.engines._model_files import DECODER_GRAPH, GOLDEN, PROMPT_GRAPH, WEIGHTS, ModelFiles, read_golden
 from vla_spec.engines._safetensors import WeightsFile
 from vla_spec.errors import BadConfig, BadModel
 from vla_spec.interfaces import EngineInfo
@@ -242,17 +242,18 @@ class GraphEngine:
 
     def _check_golden(self, path: Path, tolerance: float | None) -> None:
         """Run the golden inputs through prefill, a chain and a tree, against what the reference computed."""
-        if not path.is_file():
-            raise BadModel(f"{path}: missing; `vla-spec export` writes it")
         if tolerance is None:
             tolerance = GOLDEN_TOLERANCE.get(self.runtime.precision, np.inf)
-        with np.load(path, allow_pickle=False) as golden:
-            got = [self.prefill({k: golden[k] for k in self._prompt.inputs}).logits.copy()]
-            # Steps that are longer than this engine's are not run.
-            steps = [name for name in ("chain", "tree") if len(golden[f"{name}_tokens"]) <= self._max_step]
-            for name in steps:
-                got.append(self.step(golden[f"{name}_tokens"], golden[f"{name}_parents"]).logits.copy())
-            wanted = [golden[f"{name}_logits"] for name in ("prefill", *steps)]
+        golden = read_golden(path)
+        missing = [name for name in self._prompt.inputs if name not in golden]
+        if missing:
+            raise BadModel(f"{path}: has no {', '.join(missing)}, which the prompt graph reads; export the model again")
+        got = [self.prefill({k: golden[k] for k in self._prompt.inputs}).logits.copy()]
+        # Steps that are longer than this engine's are not run.
+        steps = [name for name in ("chain", "tree") if len(golden[f"{name}_tokens"]) <= self._max_step]
+        for name in steps:
+            got.append(self.step(golden[f"{name}_tokens"], golden[f"{name}_parents"]).logits.copy())
+        wanted = [golden[f"{name}_logits"] for name in ("prefill", *steps)]
         spread = float(np.mean([w.std() for w in wanted]))
         worst = max(float(np.abs(g - w).max()) for g, w in zip(got, wanted, strict=True)) / spread
         if not (worst <= tolerance or tolerance == np.inf):

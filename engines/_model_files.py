@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from vla_spec.atomic import replacing
 from vla_spec.engines._decoder_spec import DecoderSpec
@@ -22,6 +27,7 @@ DESCRIPTION = "engine.json"
 PROMPT_GRAPH, DECODER_GRAPH, COMMIT_GRAPH = "prompt.onnx", "decoder.onnx", "commit.onnx"
 GOLDEN = "golden.npz"
 FORMAT = 2
+_GOLDEN_NAMES = ("prefill_logits", *(f"{n}_{k}" for n in ("chain", "tree") for k in ("tokens", "parents", "logits")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,24 @@ def adapter_of(path: Path) -> str:
     except (OSError, ValueError):
         return "vla"
     return str(values.get("adapter", "vla")) if isinstance(values, dict) else "vla"
+
+
+def read_golden(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of golden.npz: inputs; tokens and parents of a chain and a tree; the reference's logits.
+
+    Raises:
+        BadModel: missing, cut off, or without the reference's logits.
+    """
+    try:
+        # Opened here: NumPy leaves a file open that is no archive.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        missing = [name for name in _GOLDEN_NAMES if name not in arrays]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadModel(f"{path}: no golden inputs, or cut off ({error}); `vla-spec export` writes them") from error
+    return arrays
 
 
 def require_model_dir(path: Path | None) -> Path:

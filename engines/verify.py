@@ -8,7 +8,6 @@ metric, what passes, what is still a warning. An engine that claims batch invari
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vla_spec.errors import BadConfig, BadModel
+from vla_spec.engines._model_files import read_golden
+from vla_spec.errors import BadConfig
 from vla_spec.interfaces import Engine
 from vla_spec.progress import Reporter
 from vla_spec.types import EngineInputs, Float32, Int32, Observation
@@ -276,21 +276,17 @@ def _vocabulary(engine: Engine, inputs: EngineInputs) -> int:
 
 
 def check_golden(engine: Engine, path: Path) -> float:
-    """``difference_max`` on prefill, chain and tree of golden.npz.
+    """``difference_max`` on prefill, chain and tree of golden.npz, as far as the engine takes so long steps.
 
     Raises:
         BadModel: missing, or not such a file.
     """
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            golden = {name: file[name] for name in file.files}
-        calls = [(golden[f"{name}_tokens"], golden[f"{name}_parents"]) for name in ("chain", "tree")]
-        wanted = np.concatenate([golden[f"{name}_logits"] for name in ("prefill", "chain", "tree")])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadModel(f"{path}: no golden inputs ({error}); `vla-spec export` writes them") from error
+    golden = read_golden(path)
+    steps = [name for name in ("chain", "tree") if len(golden[f"{name}_tokens"]) <= engine.max_step]
+    wanted = np.concatenate([golden[f"{name}_logits"] for name in ("prefill", *steps)])
     inputs = {k: v for k, v in golden.items() if not k.endswith(("_logits", "_tokens", "_parents"))}
     got = [engine.prefill(inputs).logits.copy()]
-    got += [engine.step(tokens, parents).logits.copy() for tokens, parents in calls]
+    got += [engine.step(golden[f"{name}_tokens"], golden[f"{name}_parents"]).logits.copy() for name in steps]
     value = compare_rows(wanted, np.concatenate(got), float(wanted.std()))["difference_max"]
     assert value is not None
     return value

@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vla_spec.cli import main
+from vla_spec.engines._model_files import read_golden
 from vla_spec.engines._model_manifest import check_manifest, write_manifest
 from vla_spec.errors import BadModel
 
@@ -74,3 +76,17 @@ def test_the_commands_refuse_a_mixture_before_they_begin(command, model, tmp_pat
         main([command[0], str(model), *command[1:], place, str(tmp_path / "out")])
     assert done.value.code == 2
     assert "commit.onnx: not the file that manifest.json lists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", ["cut", "empty", "no archive", "other arrays"])
+def test_golden_inputs_that_can_not_be_read_are_one_error(spoil, model):
+    file = model / "golden.npz"
+    if spoil == "other arrays":
+        np.savez(file, images=np.zeros(3))
+    else:
+        content = {"cut": file.read_bytes()[:-100], "empty": b"", "no archive": b"golden"}[spoil]
+        file.write_bytes(content)
+    with pytest.raises(
+        BadModel, match=r"golden\.npz: no golden inputs, or cut off \(.*; `vla-spec export` writes them"
+    ):
+        read_golden(file)
