@@ -10,7 +10,6 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from vla_spec.engines.graphs.quantized import LARGEST
 from vla_spec.errors import BadConfig, BadModel
 from vla_spec.types import Float32
 
@@ -22,6 +21,8 @@ _EDGES[-1] = np.float64(np.finfo(np.float32).max)
 _CENTRES = (_EDGES[:-1] + _EDGES[1:]) / 2
 #: Name of a method besides percentiles.
 MSE, MAX = "mse", "max"
+#: Steps of int8 from zero to the cut-off.
+_STEPS = 127
 #: Fractions of the largest magnitude that least squares tries.
 _FRACTIONS = np.linspace(0.1, 1.0, 91)
 
@@ -96,7 +97,7 @@ class Magnitudes:
         clips = self.largest * _FRACTIONS
         errors = []
         for clip in clips:
-            step = clip / LARGEST
+            step = clip / _STEPS
             rounding = np.where(values < step / 2, values**2, step**2 / 12)
             errors.append(float((counts * np.where(values > clip, (values - clip) ** 2, rounding)).sum()))
         return float(clips[int(np.argmin(errors))])

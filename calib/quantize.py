@@ -37,16 +37,14 @@ from vla_spec.trace import write_json
 from vla_spec.types import EngineInputs, Float32, Int32
 
 FORMAT = 1
-#: The calibration's name in a model folder.
-CALIBRATION = "quantization.json"
-PRECISIONS = ("int8",)
+PRECISIONS = ("int8", "fp8")
 #: Folder of a drafter that is a model of its own.
 SMALL_MODEL = "small"
 #: Ways to choose ranges that are tried unless others are asked for.
 METHODS = ("99.9", "99.99", "99.999", "max", "mse")
 #: What every number of a calibration file means.
 MEANING = {
-    "clips": "activation tensor -> largest magnitude that int8 represents",
+    "clips": "activation tensor -> largest magnitude that is represented",
     "migrations": "activation tensor -> what its channels are divided by, and the weights behind it multiplied with",
     "kept": "weights that stay in floating point",
     "token_agreement": "share of tokens whose largest logit is the same, both models fed the unquantised one's tokens",
@@ -61,19 +59,33 @@ class Recipe:
     """One way to quantise.
 
     Attributes:
+        precision: "int8", or "fp8" (for TensorRT; other runtimes only imitate it).
         ranges: how the cut-off of every activation is chosen, see `Magnitudes.clip`.
         migration: strength of `migration_factor`, 0 = none.
         keep: patterns of weights that stay in floating point, as in ``head.*``.
     """
 
+    precision: str = "int8"
     ranges: str = "mse"
     migration: float = 0.0
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         check_method(self.ranges)
         if not 0 <= self.migration < 1:
             raise BadConfig(f"migration {self.migration}; valid: 0 (none) to below 1")
+
+
+def check_precision(precision: str) -> None:
+    """Raises BadConfig for a precision that can't be quantised to."""
+    if precision not in PRECISIONS:
+        raise BadConfig(f"precision {precision!r}; valid: {', '.join(PRECISIONS)}")
+
+
+def calibration_file(model_dir: Path, precision: str) -> Path:
+    """Where a model folder keeps its calibration."""
+    return model_dir / f"quantization-{precision}.json"
 
 
 class Quality(NamedTuple):
@@ -133,7 +145,9 @@ class Calibration:
             out = cls(
                 str(values["weights_sha256"]),
                 str(values["graph_sha256"]),
-                Recipe(str(recipe["ranges"]), float(recipe["migration"]), tuple(recipe["keep"])),
+                Recipe(
+                    str(recipe["precision"]), str(recipe["ranges"]), float(recipe["migration"]), tuple(recipe["keep"])
+                ),
                 {str(name): float(clip) for name, clip in values["clips"].items()},
                 tuple(map(str, values["kept"])),
                 {str(name): [float(x) for x in factor] for name, factor in values["migrations"].items()},
@@ -320,7 +334,9 @@ def choose(
 
 def print_tried(tried: Sequence[Tried], best: Calibration, console: Console) -> None:
     """One line per recipe."""
-    table = Table(box=SIMPLE_HEAD, title=f"int8, on {tried[0].quality.num_rows} tokens", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, title=f"{best.recipe.precision}, on {tried[0].quality.num_rows} tokens", title_justify="left"
+    )
     for name in ("ranges", "same token", "divergence [nats]", "largest difference [sd]", ""):
         table.add_column(name, justify="left" if name in ("ranges", "") else "right")
     for recipe, quality in tried:
@@ -356,11 +372,13 @@ def quantize(model: Any, weights: WeightsFile, calibration: Calibration) -> tupl
     from vla_spec.engines.graphs.quantized import quantized_model
 
     migrations = {name: np.array(factor, np.float32) for name, factor in calibration.migrations.items()}
-    return quantized_model(model, weights, calibration.clips, migrations, calibration.kept)
+    return quantized_model(
+        model, weights, calibration.clips, migrations, calibration.kept, calibration.recipe.precision
+    )
 
 
 def write_quantized(model_dir: Path, calibration: Calibration, where: Path) -> Path:
-    """Write ``decoder.int8.onnx``, its weights and its manifest; whole or not at all.
+    """Write ``decoder.int8.onnx`` (or fp8), its weights and its manifest; whole or not at all.
 
     Args:
         model_dir: the model that was calibrated.
@@ -384,7 +402,7 @@ def write_quantized(model_dir: Path, calibration: Calibration, where: Path) -> P
     files = ModelFiles.open(model_dir)
     calibration.check(files, str(where))
     source = model_dir / DECODER_GRAPH
-    graph, weights_file, manifest = names_of(source, PRECISIONS[0])
+    graph, weights_file, manifest = names_of(source, calibration.recipe.precision)
     model, tensors = quantize(load_graph(source), WeightsFile.open(model_dir / WEIGHTS), calibration)
     try:
         # The manifest goes first and comes last: without it the other two count for nothing.
@@ -396,7 +414,7 @@ def write_quantized(model_dir: Path, calibration: Calibration, where: Path) -> P
             temporary.write_bytes(model.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(graph))
         about = {"recipe": asdict(calibration.recipe), "calibration_sha256": hash_file(where)}
-        write_manifest(source, PRECISIONS[0], about)
+        write_manifest(source, calibration.recipe.precision, about)
     except OSError as error:
         for file in (graph, weights_file):
             file.unlink(missing_ok=True)

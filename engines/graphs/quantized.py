@@ -1,8 +1,10 @@
-"""A graph in int8: every large matrix product between quantise and dequantise nodes, everything else as it was.
+"""A graph in eight bits: every large matrix product between quantise and dequantise nodes, the rest as it was.
 
 Static and symmetric: one number per activation tensor, found by calibration, and one per row of a weight. So a row's
 result does not depend on what else is in the call, and TensorRT, which refuses zero points, reads the same file as
-ONNX Runtime and OpenVINO. Biases are added behind the product in floating point: TensorRT refuses int32 biases.
+ONNX Runtime and OpenVINO. Eight bits are integers, or numbers with four bits of exponent (fp8 E4M3, Micikevicius et
+al. 2022, arXiv:2209.05433), in which only GPUs compute. Biases are added behind the product in floating point:
+TensorRT refuses int32 biases.
 
 Source: Jacob et al. 2018, arXiv:1712.05877 (integer arithmetic); Xiao et al. 2023, arXiv:2211.10438 (migration);
 Wu et al. 2020, arXiv:2004.09602 (per row weights, per tensor activations).
@@ -22,8 +24,8 @@ from vla_spec.engines._safetensors import WeightsFile
 from vla_spec.errors import BadModel
 from vla_spec.types import Float32
 
-#: Largest magnitude of a quantised number: -128 is left out, so that the range is symmetric.
-LARGEST = 127
+#: Largest magnitude of a quantised number, by precision. In int8, -128 is left out, so that the range is symmetric.
+LARGEST = {"int8": 127.0, "fp8": 448.0}
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -80,9 +82,9 @@ def observed_model(model: onnx.ModelProto, weights: WeightsFile) -> onnx.ModelPr
 
 def quantized_model(
     model: onnx.ModelProto, weights: WeightsFile, clips: Mapping[str, float],
-    migrations: Mapping[str, Float32] | None = None, kept: Collection[str] = (),
+    migrations: Mapping[str, Float32] | None = None, kept: Collection[str] = (), precision: str = "int8",
 ) -> tuple[onnx.ModelProto, Arrays]:  # fmt: skip
-    """The graph in int8.
+    """The graph in eight bits.
 
     Args:
         model: fp32, as exported, external data not loaded.
@@ -92,10 +94,11 @@ def quantized_model(
         migrations: activation tensor -> [width]: what its channels are divided by, and the weights behind it
             multiplied with.
         kept: weights, as the weights file calls them, that stay as they are.
+        precision: "int8" or "fp8".
 
     Returns:
-        The graph, whose new tensors point nowhere yet (see `point_to`), and these tensors: ``NAME.int8`` int8
-        [width_out, width_in], ``NAME.scale`` fp32 [width_out].
+        The graph, whose new tensors point nowhere yet (see `point_to`), and these tensors: ``NAME.quantized`` int8
+        (or fp8, as uint8) [width_out, width_in], ``NAME.scale`` fp32 [width_out].
 
     Raises:
         BadModel: nothing to quantise, a clip of an unknown tensor or one that is no positive number, or weights that
@@ -111,7 +114,7 @@ def quantized_model(
     out = onnx.ModelProto()
     out.CopyFrom(model)
     del out.graph.node[:]
-    rewriter = _Rewriter(model, weights, dict(migrations or {}))
+    rewriter = _Rewriter(model, weights, dict(migrations or {}), precision)
     for node in model.graph.node:
         linear = wanted.get(node.output[0])
         if linear is None:
@@ -145,18 +148,29 @@ def point_to(model: onnx.ModelProto, file: WeightsFile) -> None:
             tensor.external_data.add(key=key, value=str(value))
 
 
-def quantize_rows(weight: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
-    """[out, in] -> int8 [out, in] and scales [out], to nearest; a row of zeros gets scale 1."""
-    largest = np.abs(weight).max(1)
-    scale = np.where(largest > 0, largest / LARGEST, 1.0).astype(np.float32)
-    return np.clip(np.rint(weight / scale[:, None]), -LARGEST, LARGEST).astype(np.int8), scale
+def quantize_rows(weight: Float32, precision: str = "int8") -> tuple[npt.NDArray[Any], Float32]:
+    """[out, in] -> int8 or fp8 [out, in] and scales [out], to nearest; a row of zeros gets scale 1."""
+    limit, largest = LARGEST[precision], np.abs(weight).max(1)
+    scale = np.where(largest > 0, largest / limit, 1.0).astype(np.float32)
+    scaled = np.clip(weight / scale[:, None], -limit, limit)
+    return (np.rint(scaled) if precision == "int8" else scaled).astype(_dtype(precision)), scale
+
+
+def _dtype(precision: str) -> Any:
+    if precision == "int8":
+        return np.int8
+    import ml_dtypes  # comes with onnx
+
+    return ml_dtypes.float8_e4m3fn
 
 
 class _Rewriter:
     """Collects what the new graph is made of."""
 
-    def __init__(self, model: onnx.ModelProto, weights: WeightsFile, migrations: dict[str, Float32]) -> None:
-        self.weights = weights
+    def __init__(
+        self, model: onnx.ModelProto, weights: WeightsFile, migrations: dict[str, Float32], precision: str
+    ) -> None:
+        self.weights, self._precision = weights, precision
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.tensors: Arrays = {}
@@ -176,17 +190,21 @@ class _Rewriter:
         if x not in self._done:
             self._done.add(x)
             source = x if factor is None else self._migrate(x, factor)
-            scale = self._constant(f"{x}.scale", np.float32(clip / LARGEST))
-            zero = self._constant(f"{x}.zero", np.int8(0))
+            scale = self._constant(f"{x}.scale", np.float32(clip / LARGEST[self._precision]))
+            zero = self._zero(f"{x}.zero", ())
             self._node("QuantizeLinear", [source, scale, zero], f"{x}.quantized")
             self._node("DequantizeLinear", [f"{x}.quantized", scale, zero], f"{x}.dequantized")
         name = linear.weight
-        if f"{name}.int8" not in self.tensors:
-            self.tensors[f"{name}.int8"], self.tensors[f"{name}.scale"] = quantize_rows(weight)
-            for tensor in (f"{name}.int8", f"{name}.scale"):
-                self.initializers.append(numpy_helper.from_array(self.tensors[tensor], tensor))
-            zero = self._constant(f"{name}.zero", np.zeros(len(weight), np.int8))
-            self._node("DequantizeLinear", [f"{name}.int8", f"{name}.scale", zero], f"{name}.dequantized", axis=0)
+        if f"{name}.quantized" not in self.tensors:
+            values, of_rows = quantize_rows(weight, self._precision)
+            self.tensors[f"{name}.quantized"] = values.view(np.uint8) if self._precision == "fp8" else values
+            self.tensors[f"{name}.scale"] = of_rows
+            inputs = [
+                self._constant(f"{name}.quantized", values),
+                self._constant(f"{name}.scale", of_rows),
+                self._zero(f"{name}.zero", (len(weight),)),
+            ]
+            self._node("DequantizeLinear", inputs, f"{name}.dequantized", axis=0)
         inputs = [f"{x}.dequantized", f"{name}.dequantized"]
         if linear.bias is None:
             self._node("Gemm", inputs, linear.output, transB=1)
@@ -202,6 +220,10 @@ class _Rewriter:
     def _constant(self, name: str, value: Any) -> str:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
+
+    def _zero(self, name: str, shape: tuple[int, ...]) -> str:
+        """Says the type and nothing else."""
+        return self._constant(name, np.zeros(shape, _dtype(self._precision)))
 
     def _node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))

@@ -1,4 +1,4 @@
-"""`vla-spec calibrate quantization`: how far the activations of a policy reach, for its int8 graph."""
+"""`vla-spec calibrate quantization`: how far the activations of a policy reach, for its graph in eight bits."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def command(
     model: Annotated[Path, typer.Argument(help="Model folder, as `vla-spec export` writes it.")] = Path(
         "models/metaworld"
     ),
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write quantization.json to. Default: the model folder.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to. Default: the model folder.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Demonstrations to calibrate on. Default: episodes that the policy plays.")
     ] = None,
@@ -43,6 +41,7 @@ def command(
         int, typer.Option(min=1, help="Episodes per task to calibrate on; half as many to compare.")
     ] = 4,
     seed_start: SeedStart = 8000,
+    precision: Annotated[str, typer.Option(help="int8, or fp8 (for TensorRT).")] = "int8",
     ranges: Annotated[
         str, typer.Option(help="Ways to choose ranges, comma-separated: percentiles, max, mse; the best one is taken.")
     ] = "99.9,99.99,99.999,max,mse",
@@ -57,9 +56,9 @@ def command(
     config: ConfigFile = None,
     set_: Set = None,
 ) -> None:
-    """Ranges of activations for int8, by their effect on tokens of episodes that were not calibrated on.
+    """Ranges of activations for eight bits, by their effect on tokens of episodes that were not calibrated on.
 
-    Writes quantization.json into the model folder, and one for the small drafter inside it.
+    Writes quantization-PRECISION.json into the model folder, and one for the small drafter inside it.
 
     `vla-spec quantize` then writes the graph; without --data it needs the simulator.
     """
@@ -77,9 +76,9 @@ def command(
     from vla_spec.assemble import Assembler
     from vla_spec.calib.observations import closed_loop_observations, demonstrated_observations
     from vla_spec.calib.quantize import (
-        CALIBRATION,
         Recipe,
         Study,
+        calibration_file,
         choose,
         model_folders,
         print_tried,
@@ -88,7 +87,7 @@ def command(
     from vla_spec.progress import LiveProgress
     from vla_spec.results import environment
 
-    recipes = [Recipe(name, migration, split(keep) or ()) for name in split(ranges) or ()]
+    recipes = [Recipe(precision, name, migration, split(keep) or ()) for name in split(ranges) or ()]
     if not recipes:
         raise BadConfig("--ranges is empty; valid: percentiles, max, mse")
     first, rest = range(seed_start, seed_start + episodes), range(seed_start + episodes, seed_start + episodes + half)
@@ -121,7 +120,7 @@ def command(
         "environment": environment(configs[0].num_threads),
     }
     for folder, (best, tried) in chosen.items():
-        path = (model_dir if out is None else out) / folder.relative_to(model_dir) / CALIBRATION
+        path = calibration_file((model_dir if out is None else out) / folder.relative_to(model_dir), precision)
         write_calibration(path, replace(best, evidence={**evidence, **best.evidence}))
         print_tried(tried, best, Console())
         typer.echo(path)

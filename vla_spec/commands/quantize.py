@@ -1,4 +1,4 @@
-"""`vla-spec quantize`: the int8 graph of a model folder."""
+"""`vla-spec quantize`: the graph of a model folder in eight bits."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ def command(
     model: Annotated[Path, typer.Argument(help="Model folder, as `vla-spec export` writes it.")] = Path(
         "models/metaworld"
     ),
-    precision: Annotated[str, typer.Option(help="Precision of the graph: int8.")] = "int8",
+    precision: Annotated[str, typer.Option(help="int8, or fp8 (for TensorRT).")] = "int8",
     calibration: Annotated[
-        Path | None, typer.Option(help="Folder with quantization.json. Default: the model folder.")
+        Path | None, typer.Option(help="Folder with the calibration. Default: the model folder.")
     ] = None,
 ) -> None:
-    """Write decoder.int8.onnx beside decoder.onnx; then `--set engine.precision=int8` runs it."""
-    from vla_spec.calib.quantize import CALIBRATION, PRECISIONS, Calibration, model_folders, write_quantized
+    """Write decoder.int8.onnx beside decoder.onnx, as calibrated; then `--set engine.precision=int8` runs it."""
+    from vla_spec.calib.quantize import Calibration, calibration_file, check_precision, model_folders, write_quantized
     from vla_spec.config import find_model
 
-    if precision not in PRECISIONS:
-        raise BadConfig(f"--precision {precision}: valid: {', '.join(PRECISIONS)}")
+    check_precision(precision)
     folder = find_model(model)
     if calibration is not None and calibration.is_file():
-        raise BadConfig(f"--calibration {calibration}: valid: a folder with {CALIBRATION}, as --out of the calibration")
+        raise BadConfig(f"--calibration {calibration}: valid: a folder, as --out of `vla-spec calibrate quantization`")
     for one in model_folders(folder):
-        file = (folder if calibration is None else calibration) / one.relative_to(folder) / CALIBRATION
+        file = calibration_file((folder if calibration is None else calibration) / one.relative_to(folder), precision)
         if one != folder and not file.is_file():
             continue  # a drafter that was not calibrated stays as it is
         fitted = Calibration.read(file)
