@@ -313,6 +313,13 @@ def test_a_killed_server_is_missed_and_its_successor_found_and_the_example_talks
             assert successor.end(signal.SIGINT)[0] == 0
 
 
+def test_without_its_libraries_the_command_says_which_extra_brings_them(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments in (["serve"], ["keys", "robot"], ["run", "--planner", "tcp://127.0.0.1:1"]):
+        assert vla_spec(*arguments) == 2
+        assert "pip install 'vla_spec[serve]'" in capsys.readouterr().err
+
+
 def test_the_example_is_short_and_needs_nothing_of_ours():
     text = EXAMPLE.read_text()
     assert len(text.splitlines()) < 60

@@ -48,8 +48,8 @@ from vla_spec.trace import PlanRecord
 from vla_spec.types import ActionChunk
 
 NS_PER_MS = 1_000_000
-#: Plans and timings that are kept for whoever wants to look.
-_KEPT = 100_000
+#: Plans that are kept for whoever wants to look (2 to 10 kB each), and timings of plans.
+_KEPT_RECORDS, _KEPT_TIMINGS = 4096, 10_000
 #: Most that a message may take of what is left, so that no deadline is so far in the future that it is refused [ns].
 _MOST_REMAINING_NS = 10**14
 _EVENTS: dict[int, str] = {
@@ -164,9 +164,9 @@ class RemotePlanner:
         #: From submit until the chunk was polled or is known not to come, and always while the server is not there:
         #: then nothing is asked for, and the actor need not draw pictures for nobody. Written by the actor only.
         self.is_busy = True
-        #: One entry per chunk that arrived, times as in the chunk.
-        self.records: deque[PlanRecord] = deque(maxlen=_KEPT)
-        self.timings: deque[RemoteTiming] = deque(maxlen=_KEPT)
+        #: One entry per chunk that arrived, times as in the chunk; the last 4096, and the last 10,000.
+        self.records: deque[PlanRecord] = deque(maxlen=_KEPT_RECORDS)
+        self.timings: deque[RemoteTiming] = deque(maxlen=_KEPT_TIMINGS)
         #: How often the server was lost; observations without a chunk: lost on the way or with the server, overtaken
         #: by a newer one, too large for the protocol; messages of the server that were refused.
         self.num_gone = self.num_lost = self.num_overtaken = self.num_unsent = self.num_bad = 0

@@ -38,6 +38,7 @@ from vla_spec.runtime import (
 from vla_spec.serving.client import ClientOptions, Link, PlannerGone, RemotePlanner
 from vla_spec.serving.keys import ClientKeys
 from vla_spec.serving.wire import Hello, Welcome
+from vla_spec.trace import PlanRecord
 from vla_spec.types import Observation
 
 #: How long a world that waits for its planner waits before it gives up [s].
@@ -100,16 +101,16 @@ def run_remote_episode(
     sizes, period_ns = welcome.sizes, step_period_ns(robot.dt_s, options)
     actor = make_actor(robot, planner, welcome.space, sizes.tokens_per_step, sizes.horizon, clock, options)
     _await_server(planner, patience_s)
-    actor.reset(seed, clock.now_ns())
+    begin_ns = clock.now_ns()
+    actor.reset(seed, begin_ns)
     log = StepLog(options.max_steps, welcome.space.size)
-    num_before = len(planner.records)
     if options.mode is Mode.LOCK_STEP:
         while log.num_steps < options.max_steps and not (options.stop_on_success and robot.is_success):
             _await_server(planner, patience_s)
             if actor.look(clock.now_ns()) and not planner.wait(patience_s):
                 raise PlannerGone(f"planner at {planner.options.connect}: {planner.trouble or 'no answer in time'}")
             log.add(actor.tick(clock.now_ns()), actor.last_action, 0)
-        plans = list(planner.records)[num_before:]
+        plans = _plans_since(planner, begin_ns)
         return episode_result(actor, log, seed, robot.is_success, plans, period_ns)
     asked, usage = options.realtime, UsageLog(options.max_steps)
     with ExitStack() as stack:
@@ -127,8 +128,13 @@ def run_remote_episode(
         period_ns, log.lateness_ns[: log.num_steps], usage.rows, np.zeros_like(usage.rows[:0]), tuple(grants),
         quiet.num_collections, quiet.longest_ns,
     )  # fmt: skip
-    plans = list(planner.records)[num_before:]
+    plans = _plans_since(planner, begin_ns)
     return episode_result(actor, log, seed, robot.is_success, plans, period_ns, keeper, record)
+
+
+def _plans_since(planner: RemotePlanner, begin_ns: int) -> list[PlanRecord]:
+    """Of this episode: a chunk of the one before may have come late."""
+    return [record for record in list(planner.records) if record.start_ns >= begin_ns]
 
 
 def _await_server(planner: RemotePlanner, patience_s: float) -> None:

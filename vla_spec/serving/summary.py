@@ -6,7 +6,7 @@ from vla_spec.config import as_tree
 from vla_spec.evaluation import figures_of, make_row, series_of
 from vla_spec.results import Results, environment
 from vla_spec.serving.service import Service
-from vla_spec.serving.tally import WINDOW, Tally
+from vla_spec.serving.tally import KEPT_PLANS, Tally
 
 
 def summary(service: Service, tally: Tally) -> Results:
@@ -32,7 +32,7 @@ def summary(service: Service, tally: Tally) -> Results:
             f"{tally.num_asked} requests of {tally.num_clients} clients: {tally.num_answered} chunks, of these "
             f"{tally.num_late} late by their own deadline and {tally.num_at_once} answered at once by the ladder; "
             f"{tally.num_overtaken} overtaken; {tally.num_bad} messages refused",
-            f"times are over the last {WINDOW} chunks at most; late = cut by the client's deadline, or after it",
+            f"the table is over the last {KEPT_PLANS} plans at most; late = cut by the client's deadline, or after it",
         ),
         environment=environment(first.config.num_threads),
     )

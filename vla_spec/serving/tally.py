@@ -9,8 +9,9 @@ import numpy as np
 
 from vla_spec.trace import PlanRecord, Quantiles, quantiles
 
-#: Plans that quantiles are over; a server that runs for days keeps no more.
-WINDOW = 10_000
+#: Chunks whose times are kept, and plans that are kept with all their rounds (2 to 10 kB each); a server that runs for
+#: days keeps no more.
+WINDOW, KEPT_PLANS = 10_000, 1000
 _NS_PER_MS = 1e6
 
 
@@ -26,7 +27,7 @@ class Tally:
         #: Chunks, those from the ladder at once included; those that were sent after they were due.
         self.num_answered = self.num_late = 0
         #: The last plans, of all clients.
-        self.records: deque[PlanRecord] = deque(maxlen=WINDOW)
+        self.records: deque[PlanRecord] = deque(maxlen=KEPT_PLANS)
         self._queue_ns: deque[int] = deque(maxlen=WINDOW)
         self._held_ns: deque[int] = deque(maxlen=WINDOW)
         self._told = (0, 0, 0, 0)
