@@ -19,9 +19,9 @@ import numpy.typing as npt
 from vla_spec.engines._graph_engine import GOLDEN_TOLERANCE, GraphEngine
 from vla_spec.engines._graph_runtime import Array, State, TensorSpec
 from vla_spec.engines._host_state import HostState
-from vla_spec.engines._int8_graph import int8_graph, require_int8
 from vla_spec.engines._model_files import DECODER_GRAPH, GOLDEN, WEIGHTS, ModelFiles, require_model_dir
 from vla_spec.engines._openvino_graph import MASK, WRITE_INDEX, openvino_module, read_graph
+from vla_spec.engines._quantized_files import quantized_graph
 from vla_spec.errors import BadConfig, BadModel, SlowPath
 from vla_spec.plugins import Parts
 
@@ -194,7 +194,7 @@ class OpenVinoRuntime:
             raise BadModel(f"{file}: missing; `vla-spec export` writes it, a drafter's after `vla-spec distill`")
         is_decoder = file.name == DECODER_GRAPH
         if self.precision == "int8":
-            file = int8_graph(file)
+            file = quantized_graph(file, "int8", is_needed=False)
         model, new_rows = read_graph(file, has_plain_attention=self.precision != "bf16")
         graph = OpenVinoGraph(model, new_rows, self._compile, self._sizes if is_decoder else ())
         if is_decoder and self._sizes:
@@ -272,7 +272,7 @@ def build(options: Options, parts: Parts) -> GraphEngine:
     """From configuration."""
     model_dir = require_model_dir(parts.model_dir)
     if options.precision == "int8":
-        require_int8(model_dir)
+        quantized_graph(model_dir / DECODER_GRAPH, "int8", is_needed=True)
     most = ModelFiles.describe(model_dir).decoder.max_step
     sizes = options.sizes
     if sizes is None:
