@@ -38,7 +38,7 @@ DEFAULT_MODEL = Path("models/metaworld")
 #: Library that a plugin could not import -> the extra that brings it.
 EXTRA_OF_LIBRARY = {
     "onnxruntime": "run", "safetensors": "run", "torch": "torch", "onnx": "train", "metaworld": "sim", "mujoco": "sim",
-    "jinja2": "report", "matplotlib": "report", "PIL": "report",
+    "jinja2": "report", "matplotlib": "report", "PIL": "report", "tokenizers": "openvla", "timm": "openvla",
 }  # fmt: skip
 
 
