@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch", reason="needs the extra [train]")
 onnx = pytest.importorskip("onnx", reason="needs the extra [train]")
 pytest.importorskip("onnxruntime", reason="needs the extra [run]")
 
+from vla_spec.adapters import vla  # noqa: E402
 from vla_spec.drafters import block_head, feature_head, small_model  # noqa: E402
 from vla_spec.drafters._head_graph import check_target, open_head  # noqa: E402
 from vla_spec.engines import export  # noqa: E402
@@ -33,6 +35,7 @@ from vla_spec.interfaces import ChunkHistory  # noqa: E402
 from vla_spec.plugins import Parts  # noqa: E402
 from vla_spec.types import Plan, TokenDomain  # noqa: E402
 
+MODEL = Path(__file__).parents[1] / "models" / "metaworld"
 P, T, V = 5, 24, 20
 SIZES = HeadConfig(
     width=24, feature_width=36, num_heads=3, mlp_width=32, prompt_length=P, num_tokens=T, num_bins=V
@@ -423,3 +426,45 @@ def test_a_small_model_of_other_inputs_is_refused(tmp_path):
     (small / "policy.json").write_text("{")
     with pytest.raises(BadModel, match="missing or no JSON"):
         small_model.check_policy(small, tmp_path)
+
+
+# --- on TensorRT's side of the runtime -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_engine(tmp_path_factory):
+    """The shipped policy in half precision, on doubles of CUDA and TensorRT."""
+    from fake_tensorrt import Place
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield Place(tmp_path_factory.mktemp("trt"), patch, MODEL).load()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_heads_run_on_the_targets_device_in_its_precision_and_in_a_stream_of_their_own(gpu_engine, name):
+    """They draft what ONNX Runtime drafts in single precision, but for a close call here and there."""
+    module = block_head if name == "block_head" else feature_head
+    adapter = vla.load(MODEL)
+    shipped = Parts(adapter.domain, adapter.tokenizer, MODEL, gpu_engine)
+    ours, plain = module.build(module.Options(), shipped), module.build(module.Options(), shipped_on_cpu(shipped))
+    assert ours._network._runtime.precision == "fp16"
+    assert ours._network._runtime.lane is not gpu_engine.runtime.lane
+    with np.load(MODEL / "golden.npz", allow_pickle=False) as golden:
+        inputs = {key: golden[key] for key in ("images", "words", "state")}
+    token = int(gpu_engine.prefill(inputs).logits[0].argmax())
+    tokens, same, count = [token], 0, 0
+    for drafter in (ours, plain):
+        drafter.begin(inputs, None)
+    for _ in range(6):
+        drafts = [d.propose(np.array(tokens, np.int32), Plan(6, 4, 2), gpu_engine.features) for d in (ours, plain)]
+        both = [set(paths(draft)) for draft in drafts]
+        same, count = same + len(both[0] & both[1]), count + len(both[1])
+        chosen = int(gpu_engine.step(np.array(tokens[-1:], np.int32), np.array([-1], np.int32)).logits[0].argmax())
+        gpu_engine.commit(np.zeros(1, np.int32))
+        tokens.append(chosen)
+    assert same >= 0.8 * count > 0
+
+
+def shipped_on_cpu(shipped):
+    """The same parts without a runtime to share: drafters then take ONNX Runtime."""
+    return dataclasses.replace(shipped, target=None)
