@@ -9,15 +9,14 @@ from typing import Any
 
 from vla_spec.engines import cache
 from vla_spec.engines._model_files import ModelFiles
+from vla_spec.engines._quantized_files import quantized_graph
 from vla_spec.engines._trt import builder, inspection, profiles
 from vla_spec.engines._trt.builder import BuilderOptions, Prepared
 from vla_spec.engines._trt.library import Library, open_library
 from vla_spec.engines._trt.profiles import Profile
-from vla_spec.errors import BadConfig, BadModel
+from vla_spec.errors import BadConfig
 from vla_spec.progress import Reporter
 
-#: What the stem of a quantised graph ends in; it takes the place of the graph without.
-QUANTISED = ".int8"
 #: Where the sources lie whose change makes other engines: they are part of the key.
 SOURCES = ("half_precision.py", "profiles.py", "builder.py", "inspection.py")
 
@@ -28,7 +27,7 @@ class BuildOptions:
 
     Attributes:
         backend: "tensorrt-rtx" (ahead of time, anywhere) or "tensorrt" (on the device).
-        precision: "fp16", "bf16", or "int8": what calibration quantised, the rest in fp16.
+        precision: "fp16", "bf16", or "int8" or "fp8": what was quantised to it, the rest in fp16.
         tiers: sizes of decoder calls; None = `default_tiers`.
         builder: devices and limits.
     """
@@ -90,12 +89,8 @@ def prepare_all(model_dir: Path, precision: str) -> dict[str, Prepared]:
     out = {}
     for name in profiles.GRAPHS:
         file = model_dir / f"{name}.onnx"
-        if precision == "int8":
-            quantised = model_dir / f"{name}{QUANTISED}.onnx"
-            if quantised.is_file():
-                file = quantised
-            elif name == "decoder":
-                raise BadModel(f"{quantised}: missing; precision int8 needs what `vla-spec calibrate` quantised")
+        if precision in builder.QUANTISED:
+            file = quantized_graph(file, precision, is_needed=name == "decoder")
         if name in profiles.REQUIRED or file.is_file():
             out[name] = builder.prepare(file, precision)
     return out
@@ -106,7 +101,7 @@ def build_graph(
 ) -> cache.Plan:  # fmt: skip
     """Build one graph and refuse it if it is not in the precision that was asked for."""
     built = builder.build(library, graph, sizes, options.builder)
-    is_quantised = graph.source.stem.endswith(QUANTISED)
+    is_quantised = graph.source.stem != name
     precision = options.precision if is_quantised else builder.FLOAT_OF[options.precision]
     inspection.check_summary(name, built.summary, precision, graph.caches, graph.attentions)
     return cache.Plan(built.plan, built.seconds, built.is_decomposed, built.summary.to_json())
@@ -118,7 +113,7 @@ def identify(
 ) -> cache.Identity:  # fmt: skip
     """Everything that the result depends on."""
     hashes = cache.hash_model(model_dir, [graph.source.stem for graph in prepared.values()])
-    quantised = {name: value for name, value in hashes.items() if f"{QUANTISED}." in name}
+    quantised = {name: value for name, value in hashes.items() if f".{options.precision}." in name}
     own = {key: value for key, value in asdict(options.builder).items() if key != "capabilities"}
     return cache.Identity(
         files=hashes,

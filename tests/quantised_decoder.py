@@ -1,4 +1,4 @@
-"""A decoder graph quantised by rule and not by calibration: int8 weights per row, activations in a fixed range.
+"""A decoder in int8 by the real quantiser, with one range for all activations in place of calibrated ones.
 
 Good enough to see whether a quantised graph builds and in what its layers compute; not a model to run.
 """
@@ -7,54 +7,43 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
+from vla_spec.calib.quantize import Calibration, Recipe, write_quantized
+from vla_spec.engines._model_files import ModelFiles
+from vla_spec.engines._quantized_files import hash_file, write_manifest
 from vla_spec.engines._safetensors import WeightsFile
+from vla_spec.engines.graphs.quantized import find_linears
 
-ACTIVATION_RANGE = 8.0
+RANGE = 8.0
 
 
-def quantise(folder, activation_zero_point=0, kind=np.int8):
-    """Write decoder.int8.onnx beside decoder.onnx: QDQ around every Gemm."""
-    model = onnx.load(str(folder / "decoder.onnx"), load_external_data=False)
-    weights = WeightsFile.open(folder / "target.safetensors")
-    graph, nodes, casts = model.graph, [], {}
-    for node in graph.node:
-        if node.op_type == "Cast" and node.output[0] in weights.tensors:
-            casts[node.output[0]] = node
-    scale = numpy_helper.from_array(np.float32(ACTIVATION_RANGE / 127), "activation.scale")
-    zero = numpy_helper.from_array(kind(activation_zero_point), "activation.zero")
-    graph.initializer.extend([scale, zero])
-    quantised = set()
-    for node in graph.node:
-        if node.op_type == "Gemm":
-            name = node.input[1]
-            weight = weights.read(name)
-            per_row = np.maximum(np.abs(weight).max(1), 1e-6).astype(np.float32) / 127
-            graph.initializer.extend(
-                [
-                    numpy_helper.from_array(np.rint(weight / per_row[:, None]).astype(np.int8), f"{name}.int8"),
-                    numpy_helper.from_array(per_row, f"{name}.scale"),
-                    numpy_helper.from_array(np.zeros(len(weight), np.int8), f"{name}.zero"),
-                ]
-            )
-            x, out = node.input[0], node.output[0]
-            q, d, w = f"{out}.q", f"{out}.dq", f"{name}.dq"
-            nodes += [
-                helper.make_node("QuantizeLinear", [x, "activation.scale", "activation.zero"], [q], name=q),
-                helper.make_node("DequantizeLinear", [q, "activation.scale", "activation.zero"], [d], name=d),
-                helper.make_node(
-                    "DequantizeLinear", [f"{name}.int8", f"{name}.scale", f"{name}.zero"], [w], name=w, axis=0
-                ),
-            ]
-            node.input[0], node.input[1] = d, w
-            quantised.add(name)
-        nodes.append(node)
-    kept = [node for node in nodes if not (node.op_type == "Cast" and node.output[0] in quantised)]
-    stored = {casts[name].input[0] for name in quantised if name in casts}
-    initializers = [tensor for tensor in graph.initializer if tensor.name not in stored]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(kept)
-    graph.initializer.extend(initializers)
-    (folder / "decoder.int8.onnx").write_bytes(model.SerializeToString())
+def quantise(folder, precision="int8"):
+    """Write decoder.int8.onnx (or fp8), its weights and its manifest."""
+    graph = folder / "decoder.onnx"
+    model = onnx.load(str(graph), load_external_data=False)
+    linears = find_linears(model, WeightsFile.open(folder / "target.safetensors"))
+    clips = {linear.activation: RANGE for linear in linears}
+    weights = ModelFiles.describe(folder).weights_sha256
+    write_quantized(
+        folder,
+        Calibration(weights, hash_file(graph), Recipe(precision=precision, ranges="max"), clips),
+        folder / "made up",
+    )
     return folder
+
+
+def shift_a_zero_point(folder):
+    """Make the first activation's zero point 3, as another quantiser might; returns the node that uses it."""
+    graph = folder / "decoder.int8.onnx"
+    model = onnx.load(str(graph), load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
+    zero = numpy_helper.from_array(np.int8(3), "shifted.zero")
+    model.graph.initializer.append(zero)
+    for other in model.graph.node:
+        if other is node or (other.op_type == "DequantizeLinear" and other.input[0] == node.output[0]):
+            del other.input[2:]
+            other.input.append(zero.name)
+    graph.write_bytes(model.SerializeToString())
+    write_manifest(folder / "decoder.onnx", "int8", {})
+    return node.name

@@ -21,8 +21,10 @@ from vla_spec.engines._trt.library import Library
 from vla_spec.engines._trt.profiles import Profile, SymbolicShape
 from vla_spec.errors import BadConfig, BadModel
 
-#: What "int8" leaves in floating point, and what the other precisions are.
-FLOAT_OF = {"fp16": "fp16", "bf16": "bf16", "int8": "fp16"}
+#: What quantisation leaves in floating point, and what the other precisions are.
+FLOAT_OF = {"fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}
+#: Precisions that need a graph which was quantised to them.
+QUANTISED = ("int8", "fp8")
 PRECISIONS = tuple(FLOAT_OF)
 #: Operators of opset 24 without which there is no decoder graph.
 NEEDED_OPSET = {"TensorScatter": 24, "Attention": 23}

@@ -82,7 +82,7 @@ def check_summary(graph: str, summary: NetworkSummary, precision: str, kv_update
     Args:
         graph: its name, for errors.
         summary: what was found.
-        precision: of heavy layers; "int8" = as quantised as the graph is, the rest fp16.
+        precision: of heavy layers; "int8", "fp8" = as quantised as the graph is, the rest fp16.
         kv_updates: updates of cache tensors that there have to be.
         attentions: attention layers of the library's own that there have to be.
 
@@ -94,14 +94,15 @@ def check_summary(graph: str, summary: NetworkSummary, precision: str, kv_update
             f"{graph}: the network has {summary.kv_updates} cache updates and {summary.attentions} attention layers of "
             f"the library's own; valid: {kv_updates} and {attentions}"
         )
-    allowed = {precision} if precision != "int8" else {"int8", "fp16"}
+    is_quantised = precision in _QUANTISED
+    allowed = {precision, "fp16"} if is_quantised else {precision}
     found = {p for kind in summary.precisions.values() for p in kind}
     if found - allowed:
         wrong, named = ", ".join(sorted(found - allowed)), ", ".join(summary.other_names)
         raise BadModel(
             f"{graph}: layers are in {wrong}{f' ({named})' if named else ''}; valid: {', '.join(sorted(allowed))}"
         )
-    if precision == "int8" and "int8" not in found:
+    if is_quantised and precision not in found:
         raise BadModel(f"{graph}: no layer is quantised; valid: a graph with QuantizeLinear and DequantizeLinear")
 
 

@@ -18,7 +18,7 @@ ModelArgument = Annotated[Path | None, typer.Argument(help="Model folder, as `vl
 Backend = Annotated[
     str, typer.Option(help="tensorrt-rtx: ahead of time, on any machine. tensorrt: for the GPU that is here.")
 ]
-Precision = Annotated[str, typer.Option(help="fp16, bf16, or int8 (what was quantised; the rest in fp16).")]
+Precision = Annotated[str, typer.Option(help="fp16, bf16, or int8, fp8 (what was quantised to it; the rest in fp16).")]
 Sm = Annotated[
     str | None, typer.Option("--sm", help="Compute capabilities to build ahead for, comma-separated: 89 = 8.9.")
 ]
