@@ -44,6 +44,7 @@ from vla_spec.drafters.none import NoDrafter
 from vla_spec.engines import toy
 from vla_spec.interfaces import ChunkHistory
 from vla_spec.policy import Policy
+from vla_spec.realtime import thread_privileges
 from vla_spec.results import environment
 from vla_spec.runtime import PlanRequest
 from vla_spec.serving.client import ClientOptions, Link, RemotePlanner
@@ -60,6 +61,8 @@ FAR_NS = 3_600_000_000_000
 KINDS = {"toy 3x96x96x3": (3, 96), "toy 2x224x224x3": (2, 224), "shipped 3x96x96x3": None}
 TRANSPORTS = ("ipc", "tcp", "tcp, keys")
 PATIENCE_S = 60.0
+#: SCHED_FIFO priority of all that plans or carries messages; set by the command line, 0 = none.
+PRIORITY = [0]
 
 
 class Served(NamedTuple):
@@ -99,17 +102,19 @@ def built(kind: str, mode: str) -> Served:
     return Served(policy, welcome)
 
 
-def serve(kind: str, mode: str, bind: str, keys: Path | None) -> None:
+def serve(kind: str, mode: str, bind: str, keys: Path | None, priority: int) -> None:
     """The server's process: prints its address, serves until it is told to end."""
     served = built(kind, mode)
     allowed = None
     if keys is not None:
         allowed = ServerKeys(read_pair(keys / "server.key_secret"), {read_public(keys / "client.key"): "client"})
-    server = PlanServer(served.welcome, [served.policy], ServerOptions(bind), allowed, time.monotonic_ns)
+    options = ServerOptions(bind, io_priority=priority + 1 if priority else 0)
+    server = PlanServer(served.welcome, [served.policy], options, allowed, time.monotonic_ns)
     signal.signal(signal.SIGTERM, lambda number, frame: server.stop())
     server.start()
     print(server.address, flush=True)
-    server.run()
+    with thread_privileges("planner", priority, ()):
+        server.run()
 
 
 class Process:
@@ -119,6 +124,7 @@ class Process:
         bind = f"ipc://{folder}/{kind.split()[0]}{len(kind)}" if transport == "ipc" else "tcp://127.0.0.1:*"
         has_keys = "keys" in transport
         line = [sys.executable, __file__, "--serve", bind, "--kind", kind, "--mode", mode]
+        line += ["--priority", str(PRIORITY[0])]
         self.process = subprocess.Popen(
             [*line, *(["--keys", str(folder)] if has_keys else [])], stdout=subprocess.PIPE, text=True
         )
@@ -127,7 +133,7 @@ class Process:
         keys = None
         if has_keys:
             keys = ClientKeys(read_pair(folder / "client.key_secret"), read_public(folder / "server.key"))
-        self.client = RemotePlanner(ClientOptions(address, **patience), keys=keys)
+        self.client = RemotePlanner(ClientOptions(address, io_priority=PRIORITY[0], **patience), keys=keys)
         self.client.connect(PATIENCE_S)
 
     def __enter__(self) -> Process:
@@ -233,15 +239,20 @@ def main() -> None:
     arguments.add_argument("--mode", default="exact", help="of the shipped policy")
     arguments.add_argument("--kinds", default=",".join(KINDS))
     arguments.add_argument("--out", type=Path, default=Path("runs/serving"))
+    arguments.add_argument("--priority", type=int, default=0, help="SCHED_FIFO for all that plans or carries messages")
     arguments.add_argument("--serve", help=argparse.SUPPRESS)
     arguments.add_argument("--kind", help=argparse.SUPPRESS)
     arguments.add_argument("--keys", type=Path, help=argparse.SUPPRESS)
     asked = arguments.parse_args()
     if asked.serve:
-        serve(asked.kind, asked.mode, asked.serve, asked.keys)
+        serve(asked.kind, asked.mode, asked.serve, asked.keys, asked.priority)
         return
-    rows, console = [], Console()
-    with tempfile.TemporaryDirectory() as name:
+    rows, console = [], Console(width=110)
+    PRIORITY[0] = asked.priority
+    with ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory())
+        for grant in stack.enter_context(thread_privileges("here", asked.priority, ())):
+            print(f"{grant.what} {grant.asked}: {grant.reason or 'granted'}", file=sys.stderr)
         folder = Path(name)
         for owner in ("server", "client"):
             make_keys(folder, owner)
@@ -271,6 +282,7 @@ def main() -> None:
     write_json(asked.out / "results.json", {
         "kind": "serving", "unit": "ms", "rows": rows, "until_gone": of_losses, "num_warm_up": asked.warm_up,
         "command": shlex.join(sys.argv), "environment": environment(1),
+        "priority": asked.priority,
         "created": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
     })  # fmt: skip
     print(asked.out / "results.json")

@@ -605,6 +605,17 @@ def test_a_fault_in_the_server_ends_it_and_is_raised():
             server.run()
 
 
+def test_threads_that_carry_messages_may_have_a_priority_and_do_without():
+    """What is granted depends on the machine; asking must never end a process, and what came of it is told."""
+    with serving(io_priority=2) as server, connected(server.address, io_priority=1) as planner:
+        assert chunk_of(planner, request()).rung is Rung.EXACT
+        for grants, asked in ((server.grants, "priority 2"), (planner.grants, "priority 1")):
+            assert [(grant.what, grant.asked) for grant in grants] == [("SCHED_FIFO", asked)]
+            assert grants[0].is_granted or grants[0].reason
+    with serving() as server, connected(server.address) as planner:
+        assert (server.grants, planner.grants) == ((), ())
+
+
 # --- where to listen ---
 
 
@@ -632,6 +643,7 @@ def test_an_address_in_use_is_said(tmp_path):
     ({"bind": "tcp://127.0.0.1"}, "port"),
     ({"bind": "tcp://127.0.0.1:99999"}, "port"),
     ({"silent_after_ms": 0}, "silent_after_ms"),
+    ({"io_priority": 100}, "io_priority is 100; valid: 1..99"),
 ])  # fmt: skip
 def test_where_not_to_listen(options, words):
     with pytest.raises(BadConfig, match=words):
@@ -648,6 +660,7 @@ def test_an_open_port_wants_keys_or_that_it_is_meant():
 
 @pytest.mark.parametrize("options", [
     {"connect": "127.0.0.1:5"}, {"connect": "http://x"}, {"connect": "tcp://x:1", "gone_after_ms": 0},
+    {"connect": "tcp://x:1", "io_priority": -1},
 ])  # fmt: skip
 def test_where_not_to_connect(options):
     with pytest.raises(BadConfig, match="valid"):

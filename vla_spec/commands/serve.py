@@ -67,17 +67,17 @@ def command(
     if (key is None) != (clients is None):
         raise BadConfig("--key and --clients belong together; valid: both or neither")
     keys = None if key is None or clients is None else ServerKeys(read_pair(key), read_clients(clients))
-    options = ServerOptions(bind, public, insecure)
-    options.check_keys(keys)
+    ServerOptions(bind, public, insecure).check_keys(keys)  # before the engine is built
     overrides = override_tree(model, engine, None, threads, _ANY_DEADLINE_MS, None, True)
     overrides["robot"] = "toy"  # robots are the clients' business
     (resolved,) = resolve_modes(mode, config, overrides, set_)
     with writable(out, "serve") as folder:
         service = build_service(resolved, max_clients, control_period_ms / 1e3)
-        tell = _printed_aside()
+        asked, tell = resolved.runtime.realtime, _printed_aside()
+        io_priority = asked.planner_priority + 1 if asked is not None and asked.planner_priority else 0
+        options = ServerOptions(bind, public, insecure, io_priority=io_priority)
         server = PlanServer(service.welcome, service.policies, options, keys, service.assemblies[0].clock.now_ns, tell)
         server.start()
-        asked = resolved.runtime.realtime
         with ExitStack() as stack:
             stack.enter_context(_stopped_by_signals(server))
             how = "encrypted, known keys only" if keys else "no keys"
@@ -86,7 +86,7 @@ def command(
             if asked is not None:
                 grants = stack.enter_context(locked_memory("process", asked.lock_memory))
                 grants += stack.enter_context(thread_privileges("planner", asked.planner_priority, asked.planner_cpus))
-                for grant in grants:
+                for grant in (*server.grants, *grants):
                     typer.echo(f"{grant.what} {grant.asked}: {grant.reason or 'granted'}")
             server.run()
 

@@ -22,7 +22,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from vla_spec.clock import NS_PER_S, MonotonicClock, NowNs
 from vla_spec.errors import BadConfig, VlaSpecError
+from vla_spec.realtime import Grant, thread_privileges
 from vla_spec.runtime import PlanRequest
+from vla_spec.serving.io_context import io_context
 from vla_spec.serving.keys import ClientKeys
 from vla_spec.serving.network_time import NetworkTime
 from vla_spec.serving.wire import (
@@ -90,6 +92,8 @@ class ClientOptions:
             ``heartbeat_ms + gone_after_ms`` after the server's last answer, at the latest. Small: a slow network looks
             like a dead server; large: the robot is told late, and holds when its chunk is used up. [ms]
         retry_ms: time between two attempts to come back. [ms]
+        io_priority: of all threads that carry messages, under SCHED_FIFO if it is granted; 0 = not asked for. Below the
+            actor's.
     """
 
     connect: str
@@ -97,6 +101,7 @@ class ClientOptions:
     heartbeat_ms: float = 100.0
     gone_after_ms: float = 300.0
     retry_ms: float = 100.0
+    io_priority: int = 0
 
     def __post_init__(self) -> None:
         scheme, mark, rest = self.connect.partition("://")
@@ -105,6 +110,8 @@ class ClientOptions:
         for name in ("heartbeat_ms", "gone_after_ms", "retry_ms"):
             if not getattr(self, name) > 0:
                 raise BadConfig(f"{name} is {getattr(self, name)}; valid: more than 0")
+        if not 0 <= self.io_priority <= 99:
+            raise BadConfig(f"io_priority is {self.io_priority}; valid: 1..99, or 0 for none")
 
 
 class RemoteTiming(NamedTuple):
@@ -189,7 +196,9 @@ class RemotePlanner:
         self._heard_ns = self._knocked_ns = 0
         self._is_probing = self._is_idle_there = False
         self._sizes: Sizes | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context, grants = io_context("messages", options.io_priority)
+        #: What was asked for the threads that carry messages, and what came of it.
+        self.grants: tuple[Grant, ...] = grants
         self._wake_out, self._wake_in = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._wake_in.bind("inproc://submitted")
         self._wake_out.connect("inproc://submitted")
@@ -294,7 +303,8 @@ class RemotePlanner:
 
     def _run(self) -> None:
         try:
-            self._serve()
+            with thread_privileges("messages", self.options.io_priority, ()):
+                self._serve()
         except BaseException as error:  # a fault of ours; the actor goes on without a planner
             self._lose()
             self._settle(Link.REFUSED, f"internal error: {type(error).__name__}: {error}")

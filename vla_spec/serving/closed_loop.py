@@ -114,7 +114,8 @@ def run_remote_episode(
         return episode_result(actor, log, seed, robot.is_success, plans, period_ns)
     asked, usage = options.realtime, UsageLog(options.max_steps)
     with ExitStack() as stack:
-        grants = list(stack.enter_context(locked_memory("process", asked is not None and asked.lock_memory)))
+        grants = list(planner.grants)
+        grants += stack.enter_context(locked_memory("process", asked is not None and asked.lock_memory))
         quiet = stack.enter_context(QuietInterpreter(clock.now_ns))
         if options.is_first_plan_free:
             actor.look(clock.now_ns())
@@ -150,6 +151,8 @@ def evaluate_remote(plan: RemotePlan, progress: Reporter) -> Results:
     """
     config, clock, assembler = plan.config, MonotonicClock(), Assembler()
     options = replace(runtime_options(config), max_steps=plan.max_steps)
+    asked = options.realtime
+    io_priority = 0 if asked is None else asked.planner_priority  # in the planner's place: below the actor
     results: list[tuple[str, EpisodeResult]] = []
     planner: RemotePlanner | None = None
     try:
@@ -160,7 +163,7 @@ def evaluate_remote(plan: RemotePlan, progress: Reporter) -> Results:
                 if planner is None:
                     robot.reset(plan.seeds[0])
                     planner = RemotePlanner(
-                        ClientOptions(plan.address, f"vla-spec run {config.robot.name}"),
+                        ClientOptions(plan.address, f"vla-spec run {config.robot.name}", io_priority=io_priority),
                         hello_of(robot, robot.observe(clock.now_ns())), plan.keys, clock.now_ns,
                     )  # fmt: skip
                     planner.connect()

@@ -30,6 +30,8 @@ from vla_spec.decoder import SpeculativeDecoder
 from vla_spec.drafters import none
 from vla_spec.errors import BadConfig
 from vla_spec.policy import Policy
+from vla_spec.realtime import Grant, thread_privileges
+from vla_spec.serving.io_context import io_context
 from vla_spec.serving.keys import ServerKeys
 from vla_spec.serving.tally import Tally
 from vla_spec.serving.turns import Job, Turns
@@ -77,14 +79,19 @@ class ServerOptions:
         is_public: allow addresses that other machines can reach.
         is_insecure: allow them without keys: anyone who reaches the port can ask for plans, and read them.
         silent_after_ms: a client that was not heard for so long is forgotten, and its place given away. [ms]
+        io_priority: of all threads that carry messages, under SCHED_FIFO if it is granted; 0 = not asked for. Above the
+            planning thread's, or a plan delays the answer to another client's ping.
     """
 
     bind: str = "tcp://127.0.0.1:5555"
     is_public: bool = False
     is_insecure: bool = False
     silent_after_ms: float = 5000.0
+    io_priority: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.io_priority <= 99:
+            raise BadConfig(f"io_priority is {self.io_priority}; valid: 1..99, or 0 for none")
         if not self.silent_after_ms > 0:
             raise BadConfig(f"silent_after_ms is {self.silent_after_ms}; valid: more than 0")
         if not self.is_local and not self.is_public:
@@ -191,7 +198,9 @@ class PlanServer:
         costs = welcome.costs
         #: What a plan takes at least: encoding and one prefill [ns].
         self._least_ns = 0 if costs is None else int(costs.encode_ns + costs.prefill_ns)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context, grants = io_context("messages", options.io_priority)
+        #: What was asked for the threads that carry messages, and what came of it.
+        self.grants: tuple[Grant, ...] = grants
         self._authenticator: ThreadAuthenticator | None = None
         self._thread: threading.Thread | None = None
         self._is_ending = self._is_stopping = False
@@ -304,6 +313,10 @@ class PlanServer:
     # --- the listening thread ---
 
     def _listen(self) -> None:
+        with thread_privileges("listening", self._options.io_priority, ()):
+            self._serve()
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake_in, zmq.POLLIN)
