@@ -61,7 +61,7 @@ class Options:
     precision: Literal["fp32", "int8", "fp16"] = "fp32"
     provider: str = CPU
     device_id: int = 0
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
     allow_slow: bool = False
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class OnnxRuntimeCall:
     Args:
         session: what runs.
         bindings: one, or one for each set of tensors that the state has.
-        fed: name -> host array of inputs that a device needs copied: the library copies when it binds, not when it runs.
+        fed: name -> host array of inputs on a device: the library copies them when it binds, not when it runs.
         is_on_device: outputs have to be waited for.
         state: of which sets change places, or None.
         after: called after each run.
@@ -368,6 +368,7 @@ def build(options: Options, parts: Parts) -> GraphEngine:
         quantized_graph(model_dir / DECODER_GRAPH, "int8", is_needed=True)
     runtime = OnnxRuntimeRuntime(
         parts.num_threads, options.provider, options.allow_slow, options.precision, options.device_id,
-        options.cache_dir, pads_one=options.provider == CPU and options.precision == "int8",
+        Path(options.cache_dir).expanduser() if options.cache_dir else None,
+        pads_one=options.provider == CPU and options.precision == "int8",
     )  # fmt: skip
     return GraphEngine(model_dir, runtime, options.max_step)

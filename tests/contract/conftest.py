@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from int8_model import write_int8_model
 
 from contract import fakes
 from vla_spec import plugins
@@ -20,6 +21,17 @@ RUN_THROUGH = {
     "controller_name": "controller",
     "tokenizer_name": "tokenizer",
 }
+#: Engines with other options than their own, on a smaller model: name of the test -> plugin, options.
+ENGINE_VARIANTS = {
+    "onnxruntime-int8": ("onnxruntime", {"precision": "int8"}),
+    # Caches in the library's own values, moved by commit.onnx: what runs on a GPU, here on the CPU.
+    "onnxruntime-device": ("onnxruntime", {"provider": "CUDAExecutionProvider", "allow_slow": True}),
+    "openvino-dynamic": ("openvino", {"sizes": ()}),
+    "openvino-bf16": ("openvino", {"precision": "bf16", "sizes": (1, 8, 32)}),
+    "openvino-int8": ("openvino", {"precision": "int8", "sizes": (1, 8, 32)}),
+}
+#: Options that make the default ones quicker to load.
+ENGINE_OPTIONS = {"openvino": {"sizes": (8, 32)}}
 #: These need nothing, so that skipping one would hide a fault.
 NEVER_SKIPPED = {
     "engine": {"toy"},
@@ -33,12 +45,13 @@ NEVER_SKIPPED = {
 def pytest_generate_tests(metafunc):
     for fixture, kind in RUN_THROUGH.items():
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, plugins.names(kind), scope="module")
+            variants = ENGINE_VARIANTS if kind == "engine" else ()
+            metafunc.parametrize(fixture, [*plugins.names(kind), *variants], scope="module")
 
 
-def _model_parts():
-    """Parts of the first model folder that is here, or the reason why there is none."""
-    folders = sorted(path.parent for path in (ROOT / "models").glob("*/policy.json"))
+def _model_parts(folder=None):
+    """Parts of a model folder; None = of the first that is here, or the reason why there is none."""
+    folders = [folder] if folder else sorted(path.parent for path in (ROOT / "models").glob("*/policy.json"))
     if not folders:
         raise BadModel("no folder under models/ has a policy.json")
     plugin = plugins.load("adapter", "vla")
@@ -53,7 +66,8 @@ class Built:
         self.thing, self.parts, self.inputs, self.target = thing, parts, inputs, target
 
 
-def _build(kind, name):
+def _build(kind, name, folder=None):
+    name, options = ENGINE_VARIANTS.get(name, (name, ENGINE_OPTIONS.get(name, {}))) if kind == "engine" else (name, {})
     plugin = plugins.load(kind, name)
     if name in NEVER_SKIPPED[kind]:
         parts = fakes.toy_parts()
@@ -61,7 +75,7 @@ def _build(kind, name):
         inputs = [fakes.toy_inputs(step, state=(0.1 * step, 0.2)) for step in range(3)]
         parts = fakes.toy_parts(target=target)
     else:
-        parts, adapter = _model_parts()
+        parts, adapter = _model_parts(folder)
         target = None
         if kind != "engine":
             loader = plugins.load("engine", "onnxruntime")
@@ -73,23 +87,29 @@ def _build(kind, name):
             varied = adapter.encode(example)
             varied["state"] = varied["state"] + 0.01 * step
             inputs.append(varied)
-    return Built(plugin.build(plugin.options(), parts), parts, inputs, target)
+    return Built(plugin.build(plugin.options(**options), parts), parts, inputs, target)
 
 
-def _build_or_skip(kind, name):
+def _build_or_skip(kind, name, folder=None):
     if name in NEVER_SKIPPED[kind]:
         return _build(kind, name)
     try:
-        return _build(kind, name)
+        return _build(kind, name, folder)
     except (MissingDependency, NoDevice, BadModel, BadConfig, ImportError) as error:
         reason = f"{kind} {name}: {type(error).__name__}: {error}"
         print(reason)
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="session")
+def int8_model(tmp_path_factory):
+    return write_int8_model(tmp_path_factory.mktemp("int8") / "small")
+
+
 @pytest.fixture(scope="module")
-def engine(engine_name):
-    return _build_or_skip("engine", engine_name)
+def engine(engine_name, request):
+    is_variant = engine_name in ENGINE_VARIANTS
+    return _build_or_skip("engine", engine_name, request.getfixturevalue("int8_model") if is_variant else None)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ from contract.fakes import random_tree
 from vla_spec.interfaces import Engine
 
 ATOL = 2e-3  # of fp32 logits summed in another order
+#: Coarser arithmetic: largest difference, in standard deviations of the logits. On a wrong path through a tree, 95 % of
+#: rows differ by more than 0.2 and half of them by more than 4 (small model, 385 rows).
+COARSE = 0.15
 
 
 def start(built, tokens=(), which=0):
@@ -26,8 +29,9 @@ def chain(engine, tokens):
     return engine.step(np.array(tokens, np.int32), np.arange(-1, len(tokens) - 1, dtype=np.int32))
 
 
-def same(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=ATOL)
+def same(engine, found, expected):
+    atol = ATOL if engine.thing.info.precision == "fp32" else COARSE * np.std(expected)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
 @pytest.fixture
@@ -58,14 +62,14 @@ def test_step_of_n_equals_n_steps_of_1(engine, tokens):
     start(engine)
     together = chain(engine.thing, tokens[:7]).logits.copy()
     for n in range(7):
-        same(together[n], start(engine, tokens[: n + 1]))
+        same(engine, together[n], start(engine, tokens[: n + 1]))
 
 
 def test_step_of_n_after_committed_tokens_equals_n_steps_of_1(engine, tokens):
     start(engine, tokens[:4])
     together = chain(engine.thing, tokens[4:9]).logits.copy()
     for n in range(5):
-        same(together[n], start(engine, tokens[: 5 + n]))
+        same(engine, together[n], start(engine, tokens[: 5 + n]))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -83,14 +87,14 @@ def test_each_node_of_a_tree_is_its_path_alone(engine, tokens, seed):
         while at >= 0:
             path.insert(0, int(nodes[at]))
             at = int(parents[at])
-        same(together[node], start(engine, tokens[:2] + path))
+        same(engine, together[node], start(engine, tokens[:2] + path))
 
 
 def test_commit_then_step_equals_fresh(engine, tokens):
     start(engine, tokens[:1])
     chain(engine.thing, tokens[1:6])
     engine.thing.commit(np.array([0, 1], np.int32))
-    same(one(engine.thing, tokens[7]).logits[0], start(engine, [*tokens[:3], tokens[7]]))
+    same(engine, one(engine.thing, tokens[7]).logits[0], start(engine, [*tokens[:3], tokens[7]]))
 
 
 def test_commit_of_a_path_with_gaps_equals_fresh(engine, tokens):
@@ -101,7 +105,7 @@ def test_commit_of_a_path_with_gaps_equals_fresh(engine, tokens):
     engine.thing.step(nodes, np.array([-1, 0, 0, 1, 2, 4], np.int32))
     engine.thing.commit(np.array([0, 2, 4], np.int32))
     found = one(engine.thing, tokens[8]).logits[0].copy()
-    same(found, start(engine, [tokens[0], tokens[2], tokens[4], tokens[8]]))
+    same(engine, found, start(engine, [tokens[0], tokens[2], tokens[4], tokens[8]]))
 
 
 def test_uncommitted_step_leaves_no_trace(engine, tokens):
@@ -110,7 +114,7 @@ def test_uncommitted_step_leaves_no_trace(engine, tokens):
     chain(engine.thing, tokens[5:11])
     one(engine.thing, tokens[4])
     assert engine.thing.length == length
-    same(one(engine.thing, tokens[3]).logits[0], start(engine, tokens[:4]))
+    same(engine, one(engine.thing, tokens[3]).logits[0], start(engine, tokens[:4]))
 
 
 def test_uncommitted_nodes_of_a_committed_step_leave_no_trace(engine, tokens):
@@ -119,7 +123,9 @@ def test_uncommitted_nodes_of_a_committed_step_leave_no_trace(engine, tokens):
     engine.thing.commit(np.array([0], np.int32))
     chain(engine.thing, [tokens[9], tokens[10]])
     engine.thing.commit(np.array([0, 1], np.int32))
-    same(one(engine.thing, tokens[11]).logits[0], start(engine, [*tokens[:3], tokens[9], tokens[10], tokens[11]]))
+    same(
+        engine, one(engine.thing, tokens[11]).logits[0], start(engine, [*tokens[:3], tokens[9], tokens[10], tokens[11]])
+    )
 
 
 def test_length_counts_committed_rows(engine, tokens):
@@ -145,13 +151,13 @@ def test_features_have_one_row_per_committed_token(engine, tokens):
     features = np.asarray(engine.thing.features)
     assert features.dtype == np.float32
     assert len(features) == engine.thing.length
-    same(features[-3:], rows[:3])
+    same(engine, features[-3:], rows[:3])
 
 
 def test_prefill_starts_over(engine, tokens):
     first = start(engine)
     start(engine, tokens[:5], which=1)
-    same(start(engine), first)
+    same(engine, start(engine), first)
 
 
 def test_scores_depend_on_inputs_and_on_every_token_before(engine, tokens):
