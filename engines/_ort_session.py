@@ -21,6 +21,8 @@ _SHAPE_OPERATORS = frozenset(
     }
 )  # fmt: skip
 
+_MOST_SAID = 300
+
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
@@ -77,7 +79,8 @@ def open_session(graph: Path | bytes, options: SessionOptions) -> Any:
             providers=[(name, given) for name, given in _providers(options) if name in have],
         )
     except Exception as error:  # ONNX Runtime's own exception types are private
-        reason = str(error).splitlines()[0][:200]
+        reason = " ".join(str(error).split())  # it begins with where in the library's sources, and ends with what
+        reason = reason if len(reason) <= _MOST_SAID else f"…{reason[-_MOST_SAID:]}"
         raise BadModel(
             f"{graph if isinstance(graph, Path) else where}: ONNX Runtime can't load it ({reason})"
         ) from error
