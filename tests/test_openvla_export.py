@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="needs the extra [openvla]")
 for library in ("transformers", "tokenizers", "onnxruntime"):
     pytest.importorskip(library, reason="needs the extra [openvla]")
 
+from contract.test_drafter_contract import PLANS, check
 from openvla_reference import PublishedDrafter, PublishedOpenVLA
 
 from vla_spec import cli, plugins
@@ -246,6 +247,54 @@ def test_trees_are_those_of_the_published_drafter(model, engine, published, obse
         for token, parent in zip(draft.tokens.tolist(), draft.parents.tolist(), strict=True):
             paths.append((*(paths[parent] if parent >= 0 else ()), token))
         assert set(paths) == wanted
+
+
+class Tiered:
+    """ONNX Runtime that runs a few sizes only, as a compiled engine does."""
+
+    def __init__(self, tiers):
+        self._inner, self.tiers = OnnxRuntimeRuntime(), tiers
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+def test_padding_to_tiers_changes_no_tree(model, engine, observation):
+    inputs = load(model).encode(observation)
+    capacity = engine.spec.capacity
+    padded = GraphEngine(model, Tiered((8, 64, capacity)))
+    for prefix in (np.array([7], np.int32), np.array([7, 100, 31], np.int32)):
+        drafts = []
+        for one in (engine, padded):
+            drafter = build_drafter(model, one)
+            one.prefill(inputs)
+            drafter.begin(inputs, None)
+            if len(prefix) > 1:
+                drafter.propose(prefix[:1], Plan(20, 4, 4), one.features)
+                one.step(prefix[:2], np.array([-1, 0], np.int32))
+                one.commit(np.arange(2, dtype=np.int32))
+            drafts.append(drafter.propose(prefix, Plan(40, 5, 8), one.features))
+        for found, wanted in zip(drafts[1][:2], drafts[0][:2], strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_any_prefix_and_plan_give_a_valid_tree(model, engine, observation, plan):
+    """What every drafter promises (tests/contract), with jumps of the prefix forth and back."""
+    drafter, adapter = build_drafter(model, engine), load(model)
+    inputs = adapter.encode(observation)
+    drafter.begin(inputs, None)
+    base = np.array([5, 200, 31, 8, 77, 90], np.int32)
+    for prefix in (base[:3], base, base[:2], np.array([5, 9], np.int32), base[:1]):
+        engine.prefill(inputs)
+        for token in prefix[:-1]:
+            engine.step(np.array([token], np.int32), np.array([-1], np.int32))
+            engine.commit(np.zeros(1, np.int32))
+        check(drafter.propose(prefix, plan, engine.features), plan, adapter.domain)
+    fresh = build_drafter(model, engine)
+    fresh.begin(inputs, None)
+    for found, wanted in zip(*(d.propose(base[:1], plan, engine.features)[:2] for d in (drafter, fresh)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_drafter_from_pytorchs_archive_is_the_same(model, tmp_path):

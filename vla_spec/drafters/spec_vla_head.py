@@ -2,7 +2,7 @@
 
 It reads the whole prompt, pictures included, through the target's own input rows and hidden states, keeps keys and
 values of committed rows, and grows EAGLE-2's tree: the ``plan.top_k`` best leaves of a level, the ``plan.gamma`` best
-nodes of all. Published settings: gamma 49 (and the root), depth 5 (the first level costs no forward of its own), top_k 8.
+nodes of all. Published settings: gamma 49 (and the root), depth 5 (its first level costs no forward), top_k 8.
 Source: Wang et al. 2025, arXiv:2507.22424; EAGLE-2, Li et al. 2024, arXiv:2406.16858.
 """
 

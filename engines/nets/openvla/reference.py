@@ -95,10 +95,16 @@ def run_layer(spec: DecoderSpec, layer: Layer, x: Tensor, position: Tensor, mask
 
 
 class Prompt(nn.Module):
-    """images uint8 [n, s, s, 3], words int64 [1, w] -> embeds [w + patches, D]."""
+    """images uint8 [n, s, s, 3], words int64 [1, w] -> embeds [w + patches, D].
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: a model folder.
+        is_kept: keep the vision transformers in memory from one call to the next.
+    """
+
+    def __init__(self, folder: Path, is_kept: bool) -> None:
         super().__init__()
+        self._kept: dict[int, Any] | None = {} if is_kept else None
         self.weights = WeightsFile.open(folder / WEIGHTS)
         values = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
         self.parts = [VisionPart(**{**p, "overrides": tuple(map(tuple, p["overrides"]))}) for p in values["vision"]]
@@ -117,16 +123,24 @@ class Prompt(nn.Module):
         return (torch.cat((embedded[:1], x, embedded[1:])),)
 
     def _features(self, v: int, images: Tensor) -> Tensor:
-        """Patch features of one transformer, which is loaded for this call only."""
+        """Patch features of one transformer."""
+        part, model = self.parts[v], self._transformer(v)
+        pixels = images[self.numbers[v]].permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (part.mean, part.std))
+        features: Tensor = model.get_intermediate_layers(((pixels - mean) / std)[None], n=[len(model.blocks) - 1])[0]
+        return features[0]
+
+    def _transformer(self, v: int) -> Any:
+        if self._kept is not None and v in self._kept:
+            return self._kept[v]
         part = self.parts[v]
         model = create(part, "meta")
         model.blocks = model.blocks[:-1]  # the last one's features are not used, nor are its weights in the folder
         needed = {n.removeprefix(f"vision.{v}."): n for n in self.weights.tensors if n.startswith(f"vision.{v}.")}
         model.load_state_dict({k: read(self.weights, n) for k, n in needed.items()}, strict=False, assign=True)
-        pixels = images[self.numbers[v]].permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (part.mean, part.std))
-        features: Tensor = model.get_intermediate_layers(((pixels - mean) / std)[None], n=[len(model.blocks) - 1])[0]
-        return features[0]
+        if self._kept is not None:
+            self._kept[v] = model
+        return model
 
 
 class Decoder(nn.Module):
@@ -170,7 +184,7 @@ def reference_module(file: Path) -> tuple[nn.Module | None, Named, Named]:
     files = ModelFiles.describe(file.parent)
     spec = files.decoder
     if file.stem == "prompt":
-        prompt = Prompt(file.parent)
+        prompt = Prompt(file.parent, is_kept=True)
         size = prompt.parts[0].image_size
         inputs: Named = {
             "images": ("uint8", (1 + max(prompt.numbers), size, size, 3)), "words": ("int64", (1, None)),
@@ -203,7 +217,7 @@ def golden(folder: Path, inputs: dict[str, np.ndarray], tokens: np.ndarray, pare
     """
     files = ModelFiles.describe(folder)
     spec, weights = files.decoder, WeightsFile.open(folder / WEIGHTS)
-    (prompt,) = Prompt(folder)(*(torch.from_numpy(inputs[name]) for name in ("images", "words")))
+    (prompt,) = Prompt(folder, is_kept=False)(*(torch.from_numpy(inputs[name]) for name in ("images", "words")))
     p, n = len(prompt), len(tokens)
     x = torch.cat((prompt, read(weights, files.token_embedding)[torch.from_numpy(tokens).long()]))
     mask = torch.zeros(p + n, p + n, dtype=torch.bool)
