@@ -6,6 +6,7 @@ Needs the package `mcap`. Nothing is decoded, so recording costs a copy.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ def definition(type_name: str) -> str:
     while waiting:
         name = waiting.pop(0)
         package, _, short = name.split("/")
-        text = (Path(get_package_share_directory(package)) / "msg" / f"{short}.msg").read_text(encoding="utf-8")
+        text = (_share(package) / "msg" / f"{short}.msg").read_text(encoding="utf-8")
         head = "" if name == type_name else f"{'=' * 80}\nMSG: {package}/{short}\n"
         parts.append(head + text)
         for inner in _fields(text, package):
@@ -36,6 +37,14 @@ def definition(type_name: str) -> str:
                 known.add(inner)
                 waiting.append(inner)
     return "\n".join(parts)
+
+
+def _share(package: str) -> Path:
+    """Where a package's files are. ROS from wheels is in Python's own prefix, which nobody may have named."""
+    try:
+        return Path(get_package_share_directory(package))
+    except (LookupError, OSError):
+        return Path(sys.prefix) / "share" / package
 
 
 def _fields(text: str, package: str) -> Iterator[str]:

@@ -56,6 +56,7 @@ PARAMETERS = (
               choices=tuple(h.value for h in HandOver)),
     Parameter("is_shifted_by_holds", True, "steps in which the arm held consume no action"),
     Parameter("planner_timeout_s", 0.4, "no trajectory for so long: the planner counts as gone [s]", 0.01, 3600.0),
+    Parameter("max_age_s", 1.0, "a trajectory whose observation is older is refused [s]", 0.001, 3600.0),
     Parameter("dry_run", True, "compute and report commands, send none"),
     *qos_parameters("trajectory", CHUNK),
     *qos_parameters("command", COMMAND),
@@ -171,7 +172,7 @@ class ActionNode(Node):
             return
         self._trajectory = None
         try:
-            self._check_time(stamp_ns, len(trajectory.points), now_ns)
+            self._check_time(stamp_ns, now_ns)
             epoch_ns = self._epoch_ns
             if epoch_ns is None:
                 epoch_ns = now_ns if self._is_patient else stamp_ns
@@ -190,18 +191,18 @@ class ActionNode(Node):
         if not self._is_held:
             self._buffer.put(chunk)
 
-    def _check_time(self, stamp_ns: int, num_points: int, now_ns: int) -> None:
-        """Refuse what is not of now.
+    def _check_time(self, stamp_ns: int, now_ns: int) -> None:
+        """Refuse what is not of now; what of a chunk is over is the buffer's business.
 
         Raises:
-            BadObservation: from before the last stop, over already, or of a clock that is ahead of ours.
+            BadObservation: from before the last resume, reset or jump of time, too old, or ahead of our clock.
         """
         valid = "an observation of now; do the clocks of both machines agree?"
         if stamp_ns < self._not_before_ns:
-            raise BadObservation("trajectory's stamp", "older than the last stop", "an observation after it")
+            raise BadObservation("trajectory's stamp", "from before a resume, a reset or a jump of time", "later")
         if stamp_ns - now_ns > MAX_FUTURE_NS:
             raise BadObservation("trajectory's stamp", f"{(stamp_ns - now_ns) / 1e9:.3f} s ahead", valid)
-        if stamp_ns + num_points * self._period_ns < now_ns:
+        if now_ns - stamp_ns > self._values["max_age_s"] * NS_PER_S:
             raise BadObservation("trajectory's stamp", f"{(now_ns - stamp_ns) / 1e9:.3f} s old", valid)
 
     # Commands out.

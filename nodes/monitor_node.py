@@ -145,7 +145,12 @@ class MonitorNode(Node):
                 kind = getattr(__import__(f"{package}.msg", fromlist=[name]), name)
             except (ImportError, AttributeError):
                 continue  # its package is not installed here
-            self._bag.add_topic(topic, types[0])
+            try:
+                self._bag.add_topic(topic, types[0])
+            except OSError as error:  # a type whose definition was not installed with it
+                self._recorded.add(topic)
+                self.get_logger().warning(f"{topic} is not recorded: no definition of {types[0]} ({error})")
+                continue
             profile = (
                 LATCHED
                 if publishers[0].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL

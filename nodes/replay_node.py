@@ -54,9 +54,10 @@ class ReplayNode(Node):
             raise MissingDependency("mcap", "pip install 'vla_spec[ros]'") from error
         self._file = path.open("rb")
         try:
-            self._reader: Any = make_reader(self._file)
+            self._reader: Any = make_reader(self._file, validate_crcs=True)
             summary = self._reader.get_summary()
         except McapError as error:
+            self._file.close()
             raise BadConfig(f"replay_node: {path} is no readable MCAP file ({error})") from error
         channels = {} if summary is None else summary.channels
         self._types = {
@@ -64,6 +65,7 @@ class ReplayNode(Node):
         }
         wanted = [t for t in self._types if any(fnmatch.fnmatch(t, p) for p in self._values["topics"])]
         if not wanted:
+            self._file.close()
             raise BadConfig(
                 f"replay_node: none of {list(self._values['topics'])} is in {path}; it has {', '.join(self._types)}"
             )
@@ -103,6 +105,7 @@ class ReplayNode(Node):
         try:
             return next(self._messages, None)
         except Exception as error:  # the reader has no base class for what a damaged file does to it
+            self._file.close()
             raise BadConfig(
                 f"replay_node: {self._values['bag']} is damaged ({type(error).__name__}: {error})"
             ) from error

@@ -17,21 +17,17 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
-from rcl_interfaces.msg import Parameter as ParameterMessage
-from rcl_interfaces.msg import ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Float64MultiArray, String
-from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from vla_spec.nodes._processes import NodeProcesses
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 20.0
-DOMAIN = str(100 + os.getpid() % 100)
+DOMAIN = str(1 + os.getpid() % 50)
 LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 PARAMETERS = """
 /**:
@@ -113,14 +109,6 @@ class Ear(Node):
         request = ChangeState.Request()
         request.transition.id = transition
         return self.call(ChangeState, "policy_node/change_state", request).success
-
-    def state(self):
-        return self.call(GetState, "policy_node/get_state", GetState.Request()).current_state.label
-
-    def set(self, node, name, value):
-        said = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=value)
-        request = SetParameters.Request(parameters=[ParameterMessage(name=name, value=said)])
-        return self.call(SetParameters, f"{node}/set_parameters", request).results[0]
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +196,9 @@ def test_the_loop_closes_the_planner_dies_and_comes_back(nodes, ear, params_file
     ear.wait_for(lambda: any(np.abs(a[:3]).max() > 0.1 for _, a in ear.commands), "motion after the restart")
     assert all((np.abs(action) <= 1).all() for _, action in ear.commands)
 
-    # SIGINT and SIGTERM end everything with 0; the bag is whole.
-    numbers = {"policy_node": signal.SIGTERM, "action_node": signal.SIGTERM, "monitor_node": signal.SIGINT}
-    codes = {name: nodes.end(name, numbers.get(name, signal.SIGINT)) for name in list(nodes.running)}
+    # SIGTERM ends everything with 0; the bag is whole.
+    codes = {name: nodes.end(name, signal.SIGTERM) for name in list(nodes.running)}
+    assert set(codes) == {"policy_node", "action_node", "monitor_node", "sim_node", "camera_node"}
     assert set(codes.values()) == {0}, codes
     pytest.importorskip("mcap")
     from mcap.reader import make_reader
@@ -218,88 +206,45 @@ def test_the_loop_closes_the_planner_dies_and_comes_back(nodes, ear, params_file
     with (tmp_path / "all.mcap").open("rb") as file:
         counts = make_reader(file).get_summary().statistics.channel_message_counts
         assert sum(counts.values()) > 100
+    # A replay ends with its bag, or when it is asked to.
+    replay = nodes.start("replay_node", None, {"bag": str(tmp_path / "all.mcap"), "rate": "0.1"})
+    ear.wait_for(lambda: ear.count_publishers("image_0"), "the replay")
+    assert replay.poll() is None
+    assert nodes.end("replay_node", signal.SIGTERM) == 0
 
 
-def test_decoding_changes_without_a_restart_and_bad_changes_are_refused(nodes, ear, params_file):
-    start(nodes, ear, params_file)
-    ear.wait_for(lambda: len(ear.infos) > 2, "chunks")
-    refused = ear.set("policy_node", "mode", "wonderful")
-    assert not refused.successful
-    assert "wonderful" in refused.reason
-    assert ear.set("policy_node", "mode", "ngram").successful
-    ear.infos.clear()
-    ear.wait_for(lambda: len(ear.infos) > 2, "chunks after the change")
-    assert not ear.set("policy_node", "model", "elsewhere").successful  # read-only
-    assert ear.state() == "active"
+def test_ctrl_c_ends_every_node_with_0(nodes, ear, params_file):
+    """Also a policy node that was never configured, and an actor that never heard a chunk."""
+    names = ("policy_node", "action_node", "sim_node", "camera_node", "monitor_node")
+    for name in names:
+        nodes.start(name, params_file)
+    ear.wait_for(lambda: {n.split(":")[0].strip("/") for n in ear.statuses} >= set(names), "a report of each")
+    for name in names:
+        nodes.running[name].send_signal(signal.SIGINT)
+    assert {name: nodes.running[name].wait(TIMEOUT_S) for name in names} == dict.fromkeys(names, 0)
 
 
-def test_hold_resume_and_deactivation(nodes, ear, params_file):
-    start(nodes, ear, params_file)
-    ear.wait_for(lambda: any(np.abs(a[:3]).max() > 0.1 for _, a in ear.commands), "motion")
-    assert ear.call(Trigger, "hold", Trigger.Request()).success
-    ear.commands.clear()
-    ear.wait_for(lambda: len(ear.commands) > 10, "commands while held")
-    assert all((a[:3] == 0).all() for _, a in ear.commands[1:])
-    assert ear.call(Trigger, "resume", Trigger.Request()).success
-    ear.wait_for(lambda: np.abs(ear.commands[-1][1][:3]).max() > 0.1, "motion again")
-    ear.infos.clear()
-    assert ear.transit(Transition.TRANSITION_DEACTIVATE)
-    ear.wait_for(lambda: any(i["rung"] == "STOP" for i in ear.infos), "the stop")
-    ear.commands.clear()
-    ear.wait_for(lambda: len(ear.commands) > 30, "commands after it")
-    assert (ear.commands[-1][1][:3] == 0).all()
-    assert ear.transit(Transition.TRANSITION_CLEANUP)
-    assert ear.state() == "unconfigured"
-    assert ear.transit(Transition.TRANSITION_CONFIGURE)
-
-
-def test_a_model_that_is_not_there_leaves_the_node_unconfigured(nodes, ear, tmp_path):
-    nodes.start("policy_node", None, {"model": str(tmp_path / "nothing")})
-    assert not ear.transit(Transition.TRANSITION_CONFIGURE)
-    assert ear.state() == "unconfigured"
-    assert "no such folder" in nodes.log("policy_node")
-
-
-@pytest.mark.parametrize(
-    ("node", "params", "said"),
-    [("action_node", {"joints": "[a, b]", "kinds": "[delta, wonderful]"}, "valid: a name and one of delta"),
-     ("action_node", {"rate_hz": "0.0"}, "rate_hz"),
-     ("sim_node", {"robot": "nothing"}, "nothing"),
-     ("policy_node", {"execute_horizon": "0"}, "execute_horizon")],
-)  # fmt: skip
-def test_bad_parameters_end_a_node_with_one_sentence(nodes, node, params, said):
-    process = nodes.start(node, None, params)
-    assert process.wait(TIMEOUT_S) == 2
-    log = nodes.log(node)
-    assert said in log
-    assert "Traceback" not in log
-
-
-def test_commands_keep_their_limits_when_a_chunk_does_not(nodes, ear, params_file):
-    """A stranger's trajectory without provenance: bounded; one far outside: refused as a whole."""
-    from vla_spec.action_space import DofKind
-    from vla_spec.nodes import _messages as messages
-    from vla_spec.nodes._action_layout import ActionLayout
-    from vla_spec.types import ActionChunk, Rung
-
-    kinds = (DofKind.DELTA,) * 3 + (DofKind.SWITCH,)
-    layout = ActionLayout(("tcp_x", "tcp_y", "tcp_z", "gripper"), kinds, (0.01, 0.01, 0.01, 1.0), 0.0125)
-    # Who offers no lease on its liveliness is not heard by default, and reported: allow it.
-    nodes.start("action_node", params_file, {"use_sim_time": "false", "qos.trajectory.liveliness_s": "0.0"})
-    publisher = ear.create_publisher(JointTrajectory, "trajectory", 1)
-    ear.wait_for(lambda: publisher.get_subscription_count() == 2, "the actor")
-
-    def send(value):
-        actions = np.full((40, 4), value, np.float32)
-        stamp = ear.get_clock().now().nanoseconds
-        chunk = ActionChunk(actions, np.zeros((40, 4), np.uint8), Rung.EXACT, 1, "", stamp, 0, 0, 0, 0, np.zeros(0))
-        publisher.publish(messages.write_chunk(chunk, layout, None)[0])
-
-    send(1.6)
-    ear.wait_for(lambda: len(ear.commands) > 8, "commands")
-    assert all((np.abs(a) <= 1).all() for _, a in ear.commands)
-    ear.commands.clear()
-    send(50.0)
-    ear.wait_for(lambda: "refused as a whole" in nodes.log("action_node"), "the refusal")
-    ear.wait_for(lambda: len(ear.commands) > 8, "commands")
-    assert all((np.abs(a) <= 1).all() for _, a in ear.commands)
+def test_bad_parameters_end_a_node_with_one_sentence(tmp_path, environment):
+    broken, misspelt = tmp_path / "broken.yaml", tmp_path / "misspelt.yaml"
+    broken.write_text("/**:\n  ros__parameters: {rate_hz: [1.0\n")
+    misspelt.write_text("/**:\n  ros__parameters: {rate_hz: 0.0, stop_stepps: 3}\n")
+    cases = [
+        ("action_node", None, {"joints": "[a, b]", "kinds": "[delta, wonderful]"}, "valid: a name and one of delta"),
+        ("sim_node", None, {"robot": "nothing"}, "nothing"),
+        ("policy_node", None, {"execute_horizon": "0"}, "execute_horizon"),
+        ("action_node", broken, {}, "parameter file"),
+        ("action_node", misspelt, {}, "rate_hz"),
+        ("replay_node", None, {"bag": str(misspelt)}, "no readable MCAP"),
+    ]
+    groups = [NodeProcesses(tmp_path / str(i), environment) for i in range(len(cases))]
+    try:
+        processes = [
+            group.start(node, file, params) for group, (node, file, params, _) in zip(groups, cases, strict=True)
+        ]
+        for process, group, (node, _, _, said) in zip(processes, groups, cases, strict=True):
+            assert process.wait(TIMEOUT_S) == 2, (node, group.log(node))
+            assert said in group.log(node)
+            assert "Traceback" not in group.log(node)
+    finally:
+        for group in groups:
+            group.end_all()

@@ -7,8 +7,12 @@ import pytest
 
 pytest.importorskip("rclpy")
 
+from builtin_interfaces.msg import Duration
+from hypothesis import given
+from hypothesis import strategies as st
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
+from trajectory_msgs.msg import JointTrajectoryPoint
 
 from vla_spec.action_space import DofKind
 from vla_spec.errors import BadObservation
@@ -185,3 +189,83 @@ def test_provenance_of_a_stranger_is_refused():
     for text in ("[]", '{"rung": "EXACT"}', '{"rung": "EXACT", "provenance": 1, "stamp_ns": 2}', "null"):
         with pytest.raises(BadObservation, match="trajectory_info"):
             messages.read_info(String(data=text))
+
+
+VALUES = st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers()
+
+
+@given(st.text(max_size=20) | st.recursive(VALUES, st.lists, max_leaves=4).map(json.dumps))
+def test_no_text_does_more_to_an_actor_than_being_refused(text):
+    with pytest.raises(BadObservation):
+        messages.read_info(String(data=text.encode("utf-8", "ignore").decode()))
+
+
+JUNK = st.none() | st.floats() | st.text(max_size=3) | st.integers() | st.lists(st.integers(), max_size=3)
+
+
+@given(
+    st.sampled_from(["chunk_id", "stamp_ns", "rung", "provenance", "instruction", "planning_ms", "slack_ms"]),
+    JUNK | st.lists(JUNK, max_size=3),
+)
+def test_one_wrong_value_is_refused_or_harmless(name, junk):
+    trajectory, own = messages.write_chunk(chunk(), LAYOUT, None)
+    try:
+        info = messages.read_info(String(data=json.dumps({**json.loads(own.data), name: junk})))
+        got = messages.read_chunk(trajectory, info, LAYOUT, 0)
+    except BadObservation:
+        return
+    assert got.actions.shape == got.provenance.shape
+    assert got.rung in Rung
+
+
+numbers = st.floats() | st.floats(-3, 3)
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(numbers, max_size=4), st.lists(numbers, max_size=4), st.integers(0, 10**9 - 1)), max_size=4
+    )
+)
+def test_no_trajectory_does_more_to_an_actor_than_being_refused(points):
+    trajectory, _ = messages.write_chunk(chunk(), LAYOUT, None)
+    trajectory.points = [
+        JointTrajectoryPoint(positions=p, velocities=v, time_from_start=Duration(nanosec=t)) for p, v, t in points
+    ]
+    try:
+        got = messages.read_chunk(trajectory, None, LAYOUT, 0)
+    except BadObservation:
+        return
+    assert np.isfinite(got.actions).all()
+
+
+@given(
+    st.sampled_from([*messages.ENCODINGS, "", "yuv422"]), st.integers(0, 50), st.integers(0, 50), st.integers(0, 200),
+    st.binary(max_size=400),
+)  # fmt: skip
+def test_no_picture_does_more_than_being_refused(encoding, height, width, step, data):
+    try:
+        pixels = messages.read_image(Image(height=height, width=width, encoding=encoding, step=step, data=data))
+    except BadObservation:
+        return
+    assert pixels.shape == (height, width, 3)
+
+
+def test_numbers_that_fit_no_float32_are_refused():
+    with pytest.raises(BadObservation, match="joint_states"):
+        messages.read_joints(JointState(name=["a"], position=[1e300]), ["a"])
+    with pytest.raises(BadObservation, match="command"):
+        messages.read_action(Float64MultiArray(data=[1e300]), 1)
+    trajectory, info = messages.write_chunk(chunk(), LAYOUT, None)
+    trajectory.points[0].velocities[0] = 1e300
+    with pytest.raises(BadObservation, match="trajectory"):
+        messages.read_chunk(trajectory, None, LAYOUT, 0)
+    assert json.loads(info.data)["rung"] == "RELAXED"
+
+
+def test_more_than_a_chunk_can_be_is_refused_before_it_costs_anything():
+    trajectory, _ = messages.write_chunk(chunk(), LAYOUT, None)
+    trajectory.points = list(trajectory.points) * 1000
+    with pytest.raises(BadObservation, match="4096"):
+        messages.read_chunk(trajectory, None, LAYOUT, 0)
+    with pytest.raises(BadObservation, match="1000001 characters"):
+        messages.read_info(String(data=" " * 1_000_001))
