@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra [run]")
 
 from vla_spec.adapters import vla  # noqa: E402
 from vla_spec.drafters import block_head, feature_head, small_model  # noqa: E402
-from vla_spec.drafters._head_graph import check_target, open_head  # noqa: E402
+from vla_spec.drafters._head_graph import check_target, open_head, thinned  # noqa: E402
 from vla_spec.engines import export  # noqa: E402
 from vla_spec.engines._decoder_spec import DecoderSpec  # noqa: E402
 from vla_spec.engines._model_files import ModelFiles, hash_weights  # noqa: E402
@@ -236,15 +236,27 @@ def test_a_tree_of_more_rows_than_there_is_room_for_gives_up_those_that_lead_now
     assert padded.num_moves > 0
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_shape_is_tied_once_and_few_sizes_stay_few(folder, name):
+@pytest.mark.parametrize(
+    ("tiers", "sizes"),
+    [
+        ((1, 2, 4, 8, 16, 32), (1, 4, 16, 24)), ((3, 11, 40), (3, 24)), ((40,), (24,)), ((24,), (24,)),
+        (range(1, 50), (1, 4, 16, 24)),
+    ],
+)  # fmt: skip
+def test_few_of_the_runtimes_sizes_are_used(tiers, sizes):
+    assert thinned(tuple(tiers), 24) == sizes
+
+
+@pytest.mark.parametrize(("name", "count"), [("block_head", 9), ("feature_head", 3)])
+def test_with_tiers_every_size_is_tied_before_the_first_draft_and_none_after(folder, name, count):
     rng, runtime = np.random.default_rng(0), Tiered((4, 16))
     drafter = make(name, folder, runtime)
+    assert len(runtime.sizes) == len(set(runtime.sizes)) == count
     for _ in range(3):
         drafter.begin({}, None)
         for prefix, features in walk(rng, 12):
             drafter.propose(prefix, Plan(12, 6, 2), features)
-    assert len(runtime.sizes) == len(set(runtime.sizes)) <= 9
+    assert len(runtime.sizes) == count
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -61,16 +62,18 @@ class HeadGraph:
             )
         self._specs = {**inputs, **outputs}
         tiers = runtime.tiers
-        self._sizes = {} if tiers is None else {d: (*(t for t in tiers if t < n), n) for d, n in most.items()}
+        self._sizes = {} if tiers is None else {letter: thinned(tiers, n) for letter, n in most.items()}
         self.state = runtime.state((2, 1, config.num_heads, rows, config.head_width))
         self._whole: dict[str, Array] = {}
         self._tied: dict[tuple[int, ...], Tied] = {}
+        if self._sizes:
+            self._prepare()
 
     def padded(self, letter: str, size: int) -> int:
         """The smallest size in use that holds so many.
 
-        A runtime with tiers has prepared, or captured, each size that is in use: a drafter uses the tiers below its
-        largest size, and that. Without tiers every size is.
+        A runtime with tiers prepares, or captures, each size that is in use, so these are few. Without tiers every size
+        is in use.
         """
         return next((known for known in self._sizes.get(letter, ()) if known >= size), size)
 
@@ -83,6 +86,14 @@ class HeadGraph:
             tied = self._tied[sizes] = Tied(arrays, self._graph.tie(arrays, self.state, CACHE))
         return tied
 
+    def _prepare(self) -> None:
+        """Run every size once: what a runtime does then, capture it say, must not happen while a robot waits."""
+        for sizes in itertools.product(*self._sizes.values()):
+            arrays, call = self.tied(*sizes)
+            arrays["mask"][:] = True  # a softmax over nothing would be NaN
+            call.run()
+        self.state.clear()
+
     def _array(self, name: str, kind: type, shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> Array:
         """Calls of different sizes share memory, except where few sizes occur and neighbours are copied at once."""
         wanted = tuple(sizes[d] if isinstance(d, str) else d for d in shape)
@@ -92,6 +103,15 @@ class HeadGraph:
             largest = tuple(self._most[d] if isinstance(d, str) else d for d in shape)
             self._whole[name] = self._runtime.empty((math.prod(largest),), kind)
         return self._whole[name][: math.prod(wanted)].reshape(wanted)
+
+
+def thinned(tiers: Sequence[int], most: int) -> tuple[int, ...]:
+    """Those below ``most`` that are at least four times the one before, and ``most``: few sizes, little padding."""
+    sizes: list[int] = []
+    for tier in tiers:
+        if tier < most and (not sizes or tier >= 4 * sizes[-1]):
+            sizes.append(tier)
+    return (*sizes, most)
 
 
 def open_head(name: str, parts: Parts) -> tuple[Path, HeadConfig, GraphRuntime]:
