@@ -255,18 +255,23 @@ def of_model(tmp_path_factory):
 WANTED = Wanted("tensorrt-rtx", "1.7.1.116", "fp16", 89)
 
 
+def read_all_plans(folder):
+    """What a runtime does: find the engine, then read what it runs."""
+    loaded = cache.load(MODEL, WANTED, folder)
+    return {name: loaded.read_plan(name) for name in PLANS}
+
+
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.name)
 def test_a_damaged_engine_is_never_loaded_and_is_built_anew(damage, of_model, tmp_path):
     folder = shutil.copytree(of_model, tmp_path / "cache")
     (engine,) = cache.read_all(folder)[0]
     damage.do(engine.folder)
     with pytest.raises(BadEngine, match=damage.says.replace(".", r"\.")):
-        loaded = cache.load(MODEL, WANTED, folder)
-        [loaded.read_plan(name) for name in PLANS]
+        read_all_plans(folder)
     log = []
     anew = cache.get_or_build(engine.identity, plans(log=log), folder)
     assert log == ["prompt", "decoder"]
-    assert {name: cache.load(MODEL, WANTED, folder).read_plan(name) for name in PLANS} == PLANS
+    assert read_all_plans(folder) == PLANS
     assert visible(folder) == [anew.key]
 
 
