@@ -500,6 +500,19 @@ def rename(folder, old, new):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
+def test_tables_that_old_libraries_stored_are_passed_over(damaged):
+    file = damaged / "model-00003-of-00003.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    name = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(file), name: torch.ones(8)}, file)
+    places = {**index_of(damaged), name: file.name}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    config = OpenVLAConfig.from_folder(damaged)
+    shards = Checkpoint.open(damaged)
+    shards.check(checkpoint_shapes(config, tuple(sizes(part) for part in config.vision)))
+
+
 QUERY, OTHER = (
     "language_model.model.layers.0.self_attn.q_proj.weight",
     "language_model.model.layers.0.self_attn.x_proj.weight",

@@ -21,6 +21,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BLOCK = 4 << 20
 #: Names that an error message lists at most, of each kind.
 MAX_NAMES = 8
+#: What older libraries stored along with the weights although it follows from the configuration.
+DERIVED = ("rotary_emb.inv_freq",)
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -79,7 +81,7 @@ class Checkpoint:
             BadModel: one error that names what is missing, unexpected, of another shape or no float.
         """
         missing = [name for name in expected if name not in self.places]
-        unexpected = [name for name in self.places if name not in expected]
+        unexpected = [name for name in self.places if name not in expected and not name.endswith(DERIVED)]
         wrong = [
             f"{name} {list(self[name].shape)} (valid: {list(shape)})"
             for name, shape in expected.items()
