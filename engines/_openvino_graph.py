@@ -51,6 +51,8 @@ def read_graph(file: Path, has_plain_attention: bool) -> tuple[Any, list[str]]:
         model = reader.convert_partially(reader.load(str(file)))
     except Exception as error:  # what OpenVINO raises has no common base
         raise BadModel(f"{file}: OpenVINO can't read it ({_last_line(error)})") from error
+    if not model.get_results():
+        raise BadModel(f"{file}: OpenVINO finds nothing in it; export it again")
     unknown = [op for op in model.get_ordered_ops() if op.get_type_name() == _UNKNOWN]
     wrong = [op.get_friendly_name() for op in unknown if not _is_scatter(op)]
     if wrong:
@@ -66,6 +68,9 @@ def read_graph(file: Path, has_plain_attention: bool) -> tuple[Any, list[str]]:
         readers = inputs[WRITE_INDEX].output(0).get_target_inputs()
         if all(reader.get_node().get_type_name() == _UNKNOWN for reader in readers):
             model.remove_parameter(inputs[WRITE_INDEX])
+        for op in model.get_ordered_ops():
+            if op.get_type_name() == "ScaledDotProductAttention":
+                _repeat_heads(op)
         if has_plain_attention:
             _write_attention_out(model, inputs[MASK])
     try:
@@ -94,6 +99,19 @@ def _append(scatter: Any) -> None:
     whole = ops.concat([past, new], 2).output(0)
     for target in list(scatter.output(0).get_target_inputs()):
         target.replace_source_output(new if target.get_node().get_type_name() == "Result" else whole)
+
+
+def _repeat_heads(attention: Any) -> None:
+    """Grouped queries: the reader repeats keys and values only where it knows their number, here it did not."""
+    ops = openvino_module("opset13")
+    heads = attention.get_input_partial_shape(0)[1].get_length()
+    for i in (1, 2):
+        found = attention.input_value(i)
+        kv_heads = found.get_partial_shape()[1].get_length()
+        if kv_heads != heads:
+            of_query = ops.constant(np.repeat(np.arange(kv_heads), heads // kv_heads))
+            repeated = ops.gather(found, of_query, ops.constant(np.int64(1)))
+            attention.input(i).replace_source_output(repeated.output(0))
 
 
 def _write_attention_out(model: Any, mask: Any) -> None:

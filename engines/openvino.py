@@ -181,6 +181,8 @@ class OpenVinoRuntime:
         can = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and "BF16" not in can and not allow_slow:
             raise SlowPath(f"this CPU has no bf16 arithmetic; OpenVINO finds {', '.join(can)}; use precision fp32")
+        if precision == "bf16" and "BF16" not in can:
+            self.precision = "fp32"  # what OpenVINO then computes in
         self.tiers: tuple[int, ...] | None = None
 
     @property
@@ -273,7 +275,7 @@ def build(options: Options, parts: Parts) -> GraphEngine:
     model_dir = require_model_dir(parts.model_dir)
     if options.precision == "int8":
         quantized_graph(model_dir / DECODER_GRAPH, "int8", is_needed=True)
-    most = ModelFiles.describe(model_dir).decoder.max_step
+    most = min(options.max_step, ModelFiles.describe(model_dir).decoder.max_step)
     sizes = options.sizes
     if sizes is None:
         sizes = SIZES if (model_dir / WEIGHTS).stat().st_size <= MOST_COPIED else ()
@@ -282,5 +284,5 @@ def build(options: Options, parts: Parts) -> GraphEngine:
         sizes = (*(size for size in sizes if size < most), most)
     runtime = OpenVinoRuntime(parts.num_threads, options.precision, sizes, options.allow_slow)
     engine = GraphEngine(model_dir, runtime, options.max_step)
-    check_sizes(engine, model_dir, [size for size in sizes if size <= engine.max_step] or [1])
+    check_sizes(engine, model_dir, sizes or (1, most))
     return engine
