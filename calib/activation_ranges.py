@@ -21,6 +21,8 @@ _EDGES[-1] = np.float64(np.finfo(np.float32).max)
 _CENTRES = (_EDGES[:-1] + _EDGES[1:]) / 2
 #: Name of a method besides percentiles.
 MSE, MAX = "mse", "max"
+#: Methods of nvidia-modelopt, which has its own eyes on the activations.
+LIBRARY_METHODS = ("modelopt-max", "modelopt-entropy")
 #: Steps of int8 from zero to the cut-off.
 _STEPS = 127
 #: Fractions of the largest magnitude that least squares tries.
@@ -72,12 +74,14 @@ class Magnitudes:
 
         Args:
             method: "max", "mse" (least squared error of clipping and rounding), or a percentile such as "99.99".
+                Those of `LIBRARY_METHODS` are not for here.
 
         Raises:
             BadConfig: another word, or a percentile outside of (0, 100].
             BadModel: nothing but zeros was seen.
         """
         check_method(method)
+        assert method not in LIBRARY_METHODS, method
         if self.largest == 0:
             raise BadModel(f"{self.name}: nothing but zeros in all observations; nothing can be calibrated")
         if method == MAX:
@@ -110,14 +114,17 @@ class Magnitudes:
 
 def check_method(method: str) -> None:
     """Raises BadConfig for a method that does not exist."""
-    if method in (MSE, MAX):
+    if method in (MSE, MAX, *LIBRARY_METHODS):
         return
     try:
         value = float(method)
     except ValueError:
         value = float("nan")
     if not 0 < value <= 100:
-        raise BadConfig(f"range {method!r}: valid: {MAX}, {MSE}, or a percentile in (0, 100] such as 99.99")
+        raise BadConfig(
+            f"range {method!r}: valid: {MAX}, {MSE}, a percentile in (0, 100] such as 99.99, or "
+            f"{', '.join(LIBRARY_METHODS)}"
+        )
 
 
 def migration_factor(channel_max: Float32, weights: Float32, strength: float) -> Float32:

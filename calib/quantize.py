@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vla_spec.atomic import replacing
-from vla_spec.calib.activation_ranges import Magnitudes, check_method, migration_factor
+from vla_spec.calib.activation_ranges import LIBRARY_METHODS, Magnitudes, check_method, migration_factor
 from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines._graph_runtime import Array, Call, State, TensorSpec
+from vla_spec.engines._host_state import HostState
 from vla_spec.engines._model_files import DECODER_GRAPH, WEIGHTS, ModelFiles
 from vla_spec.engines._quantized_files import hash_file, names_of, write_manifest
 from vla_spec.engines._safetensors import WeightsFile
@@ -38,6 +39,8 @@ from vla_spec.types import EngineInputs, Float32, Int32
 
 FORMAT = 1
 PRECISIONS = ("int8", "fp8")
+#: Observations that another library calibrates on: it keeps every activation of every call.
+LIBRARY_OBSERVATIONS = 45
 #: Folder of a drafter that is a model of its own.
 SMALL_MODEL = "small"
 #: Ways to choose ranges that are tried unless others are asked for.
@@ -171,7 +174,7 @@ class Observed(NamedTuple):
     """What the unquantised model did on the observations."""
 
     magnitudes: dict[str, Magnitudes]  # by activation tensor
-    num_observations: int
+    calls: list[dict[str, Array]]  # inputs of the graph, if they were to be kept
 
 
 @final
@@ -208,8 +211,16 @@ class Study:
             progress.step()
         return out
 
-    def observe(self, inputs: Sequence[EngineInputs], tokens: Sequence[Int32], progress: Reporter) -> Observed:
+    def observe(
+        self, inputs: Sequence[EngineInputs], tokens: Sequence[Int32], progress: Reporter, num_kept: int = 0
+    ) -> Observed:  # fmt: skip
         """Activations of prefill and of the decoding steps, the policy fed its own tokens.
+
+        Args:
+            inputs: what the adapter makes of observations.
+            tokens: the model's own chunks for them.
+            progress: told about each observation.
+            num_kept: observations, evenly spread, of which the graph's inputs are kept, for other libraries.
 
         Raises:
             BadConfig: no observations.
@@ -221,15 +232,19 @@ class Study:
             raise BadConfig("observations 0; valid: at least one")
         widths = activations_of(self._linears, self._weights)
         magnitudes = {name: Magnitudes(name, width) for name, width in widths.items()}
-        engine = self._engine(observed_model(self._model, self._weights), magnitudes)
+        calls: list[dict[str, Array]] = []
+        kept = {int(i) for i in np.linspace(0, len(inputs) - 1, min(num_kept, len(inputs))).round()}
+        observed_graph = observed_model(self._model, self._weights)
+        engine = self._engine(observed_graph, magnitudes)
+        keeping = self._engine(observed_graph, magnitudes, calls) if kept else engine
         progress.phase("observing", len(inputs))
         for i, (one, chunk) in enumerate(zip(inputs, tokens, strict=True)):
             try:
-                forced_rows(engine, one, chunk)
+                forced_rows(keeping if i in kept else engine, one, chunk)
             except BadModel as error:
                 raise BadModel(f"observation {i}: {error}") from error
             progress.step()
-        return Observed(magnitudes, len(inputs))
+        return Observed(magnitudes, calls)
 
     def calibrate(self, observed: Observed, recipe: Recipe) -> Calibration:
         """Choose every range.
@@ -249,6 +264,13 @@ class Study:
             if linear.stored not in kept:
                 readers.setdefault(linear.activation, []).append(linear.stored)
         clips, migrations = {}, {}
+        theirs: dict[str, float] = {}
+        if recipe.ranges in LIBRARY_METHODS:
+            from vla_spec.calib.modelopt_ranges import modelopt_clips
+
+            theirs = modelopt_clips(
+                self._model, self._weights, self._linears, observed.calls, recipe.precision, recipe.ranges
+            )
         for name, stored in readers.items():
             magnitudes = observed.magnitudes[name]
             if recipe.migration:
@@ -258,7 +280,7 @@ class Study:
                 # Outliers are gone by then, so nothing is cut off.
                 clips[name] = float((magnitudes.channel_max / np.array(migrations[name])).max())
             else:
-                clips[name] = magnitudes.clip(recipe.ranges)
+                clips[name] = theirs[name] if theirs else magnitudes.clip(recipe.ranges)
         graph_sha256 = hash_file(self.files.path / DECODER_GRAPH)
         assert graph_sha256 is not None
         return Calibration(self.files.weights_sha256, graph_sha256, recipe, clips, tuple(kept), migrations)
@@ -279,9 +301,11 @@ class Study:
         got = [forced_rows(engine, one, chunk) for one, chunk in zip(inputs, tokens, strict=True)]
         return compare(np.concatenate(wanted), np.concatenate(got))
 
-    def _engine(self, model: Any, magnitudes: dict[str, Magnitudes]) -> GraphEngine:
+    def _engine(
+        self, model: Any, magnitudes: dict[str, Magnitudes], calls: list[dict[str, Array]] | None = None
+    ) -> GraphEngine:  # fmt: skip
         runtime = RewrittenRuntime(
-            self._num_threads, self.files.path / DECODER_GRAPH, model.SerializeToString(), magnitudes
+            self._num_threads, self.files.path / DECODER_GRAPH, model.SerializeToString(), magnitudes, calls
         )
         return GraphEngine(self.files.path, runtime, is_checked=False)
 
@@ -312,7 +336,9 @@ def choose(
     """
     if not held_out:
         raise BadConfig("held-out observations 0; valid: at least one")
-    observed = study.observe(inputs, study.tokens_of(inputs, progress), progress)
+    is_library_asked = any(recipe.ranges in LIBRARY_METHODS for recipe in recipes)
+    kept = LIBRARY_OBSERVATIONS if is_library_asked else 0
+    observed = study.observe(inputs, study.tokens_of(inputs, progress), progress, kept)
     tokens = study.tokens_of(held_out, progress)
     wanted = study.wanted(held_out, tokens)
     progress.phase("comparing", len(recipes))
@@ -472,13 +498,17 @@ class RewrittenRuntime:
         file: whose place is taken; external tensors are looked for beside it.
         model: serialised ONNX.
         magnitudes: outputs of it that are counted in every call.
+        calls: its inputs are added to this, None = they are not kept.
     """
 
     name, precision, provider, is_batch_invariant = "onnxruntime", "rewritten", "CPUExecutionProvider", True
     tiers: tuple[int, ...] | None = None
 
-    def __init__(self, num_threads: int, file: Path, model: bytes, magnitudes: dict[str, Magnitudes]) -> None:
-        self._inner, self._num_threads = OnnxRuntimeRuntime(num_threads), num_threads
+    def __init__(
+        self, num_threads: int, file: Path, model: bytes, magnitudes: dict[str, Magnitudes],
+        calls: list[dict[str, Array]] | None = None,
+    ) -> None:  # fmt: skip
+        self._inner, self._num_threads, self._calls = OnnxRuntimeRuntime(num_threads), num_threads, calls
         self._file, self._model, self._magnitudes = file, model, magnitudes
 
     def open(self, file: Path) -> Any:
@@ -491,7 +521,7 @@ class RewrittenRuntime:
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         session = ort.InferenceSession(self._model, options, providers=[self.provider])
-        return _CountedGraph(OnnxRuntimeGraph(session), self._magnitudes)
+        return _CountedGraph(OnnxRuntimeGraph(session), self._magnitudes, self._calls)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Zeroed numpy memory."""
@@ -506,8 +536,10 @@ class RewrittenRuntime:
 class _CountedGraph:
     """A graph with further outputs, which are counted after every call."""
 
-    def __init__(self, graph: OnnxRuntimeGraph, magnitudes: dict[str, Magnitudes]) -> None:
-        self._graph, self._magnitudes = graph, magnitudes
+    def __init__(
+        self, graph: OnnxRuntimeGraph, magnitudes: dict[str, Magnitudes], calls: list[dict[str, Array]] | None
+    ) -> None:  # fmt: skip
+        self._graph, self._magnitudes, self._calls = graph, magnitudes, calls
         self.inputs: Mapping[str, TensorSpec] = graph.inputs
         self.outputs: Mapping[str, TensorSpec] = graph.outputs
 
@@ -517,16 +549,28 @@ class _CountedGraph:
         """The same call with buffers of its own for what is counted."""
         rows = len(arrays["embeds"])
         counted = {name: np.zeros((rows, len(m.channel_max)), np.float32) for name, m in self._magnitudes.items()}
-        return _CountedCall(self._graph.tie({**arrays, **counted}, state, state_names), counted, self._magnitudes)
+        call = self._graph.tie({**arrays, **counted}, state, state_names)
+        if self._calls is None:
+            return _CountedCall(call, counted, self._magnitudes)
+        assert isinstance(state, HostState), "only caches in host memory can be kept"
+        read = {name: array for name, array in arrays.items() if name in self.inputs}
+        read |= {past: tensor for (past, _), tensor in zip(state_names, state.tensors, strict=True)}
+        return _CountedCall(call, counted, self._magnitudes, read, self._calls)
 
 
 @final
 class _CountedCall:
-    def __init__(self, call: Call, counted: dict[str, Float32], magnitudes: dict[str, Magnitudes]) -> None:
+    def __init__(
+        self, call: Call, counted: dict[str, Float32], magnitudes: dict[str, Magnitudes],
+        read: Mapping[str, Array] | None = None, calls: list[dict[str, Array]] | None = None,
+    ) -> None:  # fmt: skip
         self._call, self._counted, self._magnitudes = call, counted, magnitudes
+        self._read, self._calls = read or {}, calls
 
     def run(self) -> None:
         """One forward, then count."""
+        if self._calls is not None:
+            self._calls.append({name: array.copy() for name, array in self._read.items()})
         self._call.run()
         for name, values in self._counted.items():
             self._magnitudes[name].add(values)

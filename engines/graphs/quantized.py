@@ -45,7 +45,7 @@ def find_linears(model: onnx.ModelProto, weights: WeightsFile) -> list[Linear]:
     Raises:
         BadModel: the graph has none.
     """
-    stored = _stored_names(model, weights)
+    stored = stored_names(model, weights)
     out = []
     for node in model.graph.node:
         flags = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -177,7 +177,7 @@ class _Rewriter:
         self._migrations = migrations
         self._done: set[str] = set()
         self._producers = {node.output[0]: node for node in model.graph.node}
-        self._stored = _stored_names(model, weights)
+        self._stored = stored_names(model, weights)
 
     def quantize(self, linear: Linear, clip: float) -> None:
         """Append one product in int8."""
@@ -230,7 +230,7 @@ class _Rewriter:
         return output
 
 
-def _stored_names(model: onnx.ModelProto, weights: WeightsFile) -> dict[str, str]:
+def stored_names(model: onnx.ModelProto, weights: WeightsFile) -> dict[str, str]:
     """Tensor as nodes see it -> name in the weights file, for external ones, a Cast in between or not."""
     by_offset = {place.offset: name for name, place in weights.tensors.items()}
     out: dict[str, str] = {}
