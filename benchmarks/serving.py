@@ -11,6 +11,8 @@ machine falls on all of them; nobody plans meanwhile. Times are from handing an 
   added       round trip less the plan as the server measured it, pair by pair: messages, network, queue, wake-ups
   submit      what handing over costs the actor; poll: what looking for the chunk does, whether or not there is one
 
+Writing a request as bytes, and reading and checking it, are timed apart.
+
 With ``--stops N`` a server is stopped N times in the middle of its work (SIGSTOP: no goodbye, the connection stays
 open, as with a pulled cable) and killed N times, and the time is measured until the client says `PLANNER_GONE`.
 """
@@ -51,7 +53,7 @@ from vla_spec.serving.client import ClientOptions, Link, RemotePlanner
 from vla_spec.serving.keys import ClientKeys, ServerKeys, make_keys, read_pair, read_public
 from vla_spec.serving.server import PlanServer, ServerOptions
 from vla_spec.serving.service import build_service
-from vla_spec.serving.wire import Sizes, Welcome
+from vla_spec.serving.wire import Ask, Sizes, Welcome, decode_request, encode
 from vla_spec.tokenizers import uniform_bins
 from vla_spec.trace import write_json
 from vla_spec.types import Observation
@@ -181,7 +183,8 @@ def measure(kind: str, mode: str, num_plans: int, num_warmup: int, folder: Path)
                 if i >= num_warmup:
                     for figure, ns in times.items():
                         found[name][figure].append(ns)
-    return {name: {figure: np.array(ns) for figure, ns in of.items()} for name, of in found.items()}
+    arrays = {name: {figure: np.array(ns) for figure, ns in of.items()} for name, of in found.items()}
+    return {**arrays, "messages": codec(here.welcome)}
 
 
 def by_server(client: RemotePlanner, request: PlanRequest) -> dict[str, int]:
@@ -200,6 +203,21 @@ def by_server(client: RemotePlanner, request: PlanRequest) -> dict[str, int]:
         "round trip": took_ns, "plan": timing.plan_ns, "added": took_ns - timing.plan_ns, "submit": submit_ns,
         "poll": poll_ns,
     }  # fmt: skip
+
+
+def codec(welcome: Welcome, num: int = 500) -> dict[str, np.ndarray]:
+    """Writing a request as bytes, and reading and checking it [ns]."""
+    request = requests(welcome, 2)[1]
+    ask = Ask(1, 0, FAR_NS, 0, request.observation, request.history)
+    frame, times = encode(ask), {"write": [], "read": []}
+    for _ in range(num):
+        start_ns = time.monotonic_ns()
+        encode(ask)
+        written_ns = time.monotonic_ns()
+        decode_request(frame, welcome.sizes)
+        times["write"].append(written_ns - start_ns)
+        times["read"].append(time.monotonic_ns() - written_ns)
+    return {name: np.array(ns) for name, ns in times.items()}
 
 
 def losses(num: int, folder: Path) -> dict[str, np.ndarray]:
@@ -274,8 +292,12 @@ def main() -> None:
             of = row["ms"].get(figure)
             cells += ["-", "-"] if of is None else [f"{of['p50']:.2f}", f"{of['p99']:.2f}"]
         cells += [f"{row['ms'][f]['p99']:.3f}" if f in row["ms"] else "-" for f in ("submit", "poll")]
-        table.add_row(*cells)
+        if row["condition"] != "messages":
+            table.add_row(*cells)
     console.print(table)
+    for row in rows:
+        if row["condition"] == "messages":
+            console.print(f"{row['kind']}: a request {row['ms']}", highlight=False)
     of_losses = {name: {f"p{q:g}": ms(ns, q) for q in (0, 50, 100)} | {"n": len(ns)} for name, ns in lost.items()}
     for name, of in of_losses.items():
         console.print(f"server {name}: PLANNER_GONE after {of}", highlight=False)
