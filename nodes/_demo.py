@@ -13,13 +13,13 @@ from typing import Any, final
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 
 from vla_spec.errors import NodeFailed
+from vla_spec.nodes._lifecycle import transit
 from vla_spec.nodes._processes import NodeProcesses
 
 LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -58,7 +58,6 @@ class Observer(Node):
         self._task_outcomes: list[dict[str, Any]] = []
         self.create_subscription(String, "episode", self._on_episode, LATCHED)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
-        self._change = self.create_client(ChangeState, "policy_node/change_state")
 
     def _on_episode(self, message: String) -> None:
         said = json.loads(message.data)
@@ -81,19 +80,7 @@ class Observer(Node):
         Raises:
             NodeFailed: the node is not there, or the transition failed; its log says why.
         """
-        end_s = time.monotonic() + timeout_s
-        while not self._change.service_is_ready():
-            executor.spin_once(timeout_sec=0.1)
-            if time.monotonic() > end_s:
-                raise NodeFailed("policy_node does not answer")
-        request = ChangeState.Request()
-        request.transition.id = transition
-        future = self._change.call_async(request)
-        while not future.done():
-            executor.spin_once(timeout_sec=0.1)
-            if time.monotonic() > end_s:
-                raise NodeFailed(f"policy_node: transition {transition} takes longer than {timeout_s:g} s")
-        if not future.result().success:
+        if not transit(self, executor, "policy_node", transition, timeout_s):
             raise NodeFailed(f"policy_node: transition {transition} failed")
 
 

@@ -16,13 +16,14 @@ pytest.importorskip("rclpy")
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState, GetState
+from lifecycle_msgs.srv import GetState
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
+from vla_spec.nodes._lifecycle import transit
 from vla_spec.nodes._processes import NodeProcesses
 
 pytestmark = pytest.mark.slow
@@ -39,6 +40,7 @@ PARAMETERS = """
     joints: [tcp_x, tcp_y, tcp_z, gripper]
     units: [0.01, 0.01, 0.01, 1.0]
     max_age_ms: 400.0
+    deadline_ms: 1000.0
 /**/action_node:
   ros__parameters:
     rate_hz: 80.0
@@ -84,14 +86,6 @@ class Ear(Node):
             assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
             self.executor_.spin_once(timeout_sec=0.05)
 
-    def call(self, kind, name, request):
-        client = self.create_client(kind, name)
-        self.wait_for(client.service_is_ready, name)
-        future = client.call_async(request)
-        self.wait_for(future.done, f"answer of {name}")
-        self.destroy_client(client)
-        return future.result()
-
     def wait_until_it_answers(self, node):
         """A server that was killed counts as ready for some seconds: ask until one answers."""
         client = self.create_client(GetState, f"{node}/get_state")
@@ -106,9 +100,7 @@ class Ear(Node):
         self.destroy_client(client)
 
     def transit(self, transition):
-        request = ChangeState.Request()
-        request.transition.id = transition
-        return self.call(ChangeState, "policy_node/change_state", request).success
+        return transit(self, self.executor_, "policy_node", transition, TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")

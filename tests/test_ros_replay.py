@@ -84,12 +84,8 @@ def test_a_damaged_bag_is_one_sentence(world, tmp_path):
     world.wait_for(lambda: monitor._bag.num_messages > 5, "messages")
     world.remove(monitor)
     whole = path.read_bytes()
-    for broken in (
-        whole[:40],
-        whole[: len(whole) // 2],
-        b"",
-        whole[: len(whole) // 3] + bytes(len(whole) // 3) + whole[len(whole) // 3 * 2 :],
-    ):
+    third = len(whole) // 3
+    for broken in (whole[:40], whole[: 2 * third], b"", whole[:third] + bytes(third) + whole[2 * third :]):
         path.write_bytes(broken)
         with pytest.raises(BadConfig, match=r"replay_node: .*"):
             world.make(ReplayNode, bag=str(path), topics=["*"])
