@@ -49,6 +49,18 @@ def test_pictures_equal_mujocos_upside_down_without_collision_shapes():
 
 
 @pytest.mark.slow
+def test_without_antialiasing_only_edges_differ():
+    _, model, data = world()
+    smooth = SceneRenderer(model, 64)
+    picture = smooth.draw(data, "side").astype(int)
+    smooth.close()
+    hard = SceneRenderer(model, 64, is_antialiased=False)
+    differs = (hard.draw(data, "side") != picture).any(axis=-1)
+    hard.close()
+    assert 0 < differs.mean() < 0.2
+
+
+@pytest.mark.slow
 def test_two_renderers_take_turns():
     _, model, data = world()
     _, other_model, other_data = world(".9 .9 .1")

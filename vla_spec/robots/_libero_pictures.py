@@ -29,9 +29,10 @@ class SceneRenderer:
     Args:
         model: a `mujoco.MjModel`.
         size: pictures are size x size.
+        is_antialiased: several samples per pixel, as many as the model says.
     """
 
-    def __init__(self, model: Any, size: int) -> None:
+    def __init__(self, model: Any, size: int, is_antialiased: bool = True) -> None:
         import mujoco
 
         self._mujoco, self.size = mujoco, size
@@ -39,6 +40,8 @@ class SceneRenderer:
         self._gl.make_current()
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
         model.vis.global_.offheight = max(model.vis.global_.offheight, size)
+        if not is_antialiased:
+            model.vis.quality.offsamples = 0
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._viewport = mujoco.MjrRect(0, 0, size, size)
