@@ -234,8 +234,8 @@ class OnnxRuntimeRuntime:
 
     @property
     def is_batch_invariant(self) -> bool:
-        """In fp32 on the CPU to rounding. Elsewhere kernels may differ with the number of rows: not claimed."""
-        return self.precision == "fp32" and self.provider == CPU
+        """In fp32 on the CPU to rounding; in int8 to the bit, if one row is padded. Elsewhere kernels may differ."""
+        return self.provider == CPU and (self.precision == "fp32" or (self.precision == "int8" and self._pads_one))
 
     def open(self, file: Path) -> OnnxRuntimeGraph:
         """A session of its own."""

@@ -32,9 +32,11 @@ from vla_spec.calib.quantize import (
     write_calibration,
     write_quantized,
 )
+from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines._quantized_files import names_of, quantized_graph
 from vla_spec.engines._safetensors import WeightsFile
 from vla_spec.engines.graphs.quantized import find_linears, quantize_rows, quantized_model
+from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
 from vla_spec.engines.verify import greedy, seeded_observations
 from vla_spec.errors import BadConfig, BadModel, MissingDependency, VlaSpecError
 from vla_spec.progress import Silent
@@ -413,9 +415,6 @@ class TestFiles:
         assert {"tried", "outliers", "versions"} <= set(read.evidence)
 
     def test_what_is_written_is_what_was_studied(self, written, study, chosen, inputs):
-        from vla_spec.engines._graph_engine import GraphEngine
-        from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
-
         engine = GraphEngine(written, OnnxRuntimeRuntime(precision="int8", pads_one=True))
         assert engine.info.precision == "int8"
         in_memory = study.engine(chosen[0])
@@ -437,6 +436,34 @@ class TestFiles:
         nodes = np.array([9, tokens[0], 8, tokens[1], 7, tokens[2], tokens[3]], np.int32)
         tree = engine.step(nodes, parents).logits[[1, 3, 5, 6]]
         assert np.abs(tree - single[1:5]).max() <= tolerance * single.std()
+
+    def test_the_claim_is_dropped_where_one_call_differs_from_many(self, written):
+        class Noisy(OnnxRuntimeRuntime):
+            """Scores single tokens a little differently, as a kernel for one row may."""
+
+            def open(self, file):
+                return NoisyGraph(super().open(file)) if file.name == "decoder.onnx" else super().open(file)
+
+        class NoisyGraph:
+            def __init__(self, graph):
+                self._graph, self.inputs, self.outputs = graph, graph.inputs, graph.outputs
+
+            def tie(self, arrays, state=None, state_names=()):
+                return NoisyCall(self._graph.tie(arrays, state, state_names), arrays["logits"])
+
+        class NoisyCall:
+            def __init__(self, call, logits):
+                self._call, self._logits = call, logits
+
+            def run(self):
+                self._call.run()
+                if len(self._logits) == 2:  # one, padded
+                    self._logits += np.float32(1e-5)
+
+        for runtime, claim in ((OnnxRuntimeRuntime, True), (Noisy, False)):
+            engine = GraphEngine(written, runtime(precision="int8", pads_one=True))
+            assert engine.info.is_batch_invariant is claim
+        assert not GraphEngine(written, OnnxRuntimeRuntime(precision="int8")).info.is_batch_invariant
 
     def test_int8_weights_lie_in_a_file_of_their_own_and_the_rest_where_it_was(self, written):
         graph, weights, _ = names_of(written / "decoder.onnx", "int8")
