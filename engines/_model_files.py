@@ -6,7 +6,6 @@ into it (external data), so every engine reads the same bytes. `docs/model-folde
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 import zlib
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from vla_spec.atomic import replacing
 from vla_spec.engines._decoder_spec import DecoderSpec
+from vla_spec.engines._digest import sha256_of
 from vla_spec.errors import BadModel
 from vla_spec.types import EngineInputs
 
@@ -150,8 +150,4 @@ def require_model_dir(path: Path | None) -> Path:
 
 def hash_weights(path: Path) -> str:
     """sha256 of the weights file, hex."""
-    digest = hashlib.sha256()
-    with (path / WEIGHTS).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path / WEIGHTS)

@@ -6,12 +6,12 @@ Files that come later (a quantised graph, a fitted table) are not in it and not 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 from pathlib import Path
 
 from vla_spec import __version__
 from vla_spec.atomic import replacing
+from vla_spec.engines._digest import sha256_of
 from vla_spec.errors import BadModel
 
 FORMAT = 1
@@ -36,7 +36,7 @@ def write_manifest(folder: Path, command: str = "") -> Path:
         "vla_spec": __version__,
         "command": command,
         "created": datetime.datetime.now().astimezone().isoformat("T", "seconds"),
-        "files": {path.name: {"sha256": _hash(path), "bytes": path.stat().st_size} for path in files},
+        "files": {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files},
     }
     out = folder / MANIFEST
     with replacing(out) as temporary:
@@ -64,10 +64,5 @@ def check_manifest(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise BadModel(f"{file}: missing, {MANIFEST} lists it; export the model again")
-        if file.stat().st_size != size or _hash(file) != sha256:
+        if file.stat().st_size != size or sha256_of(file) != sha256:
             raise BadModel(f"{file}: not the file that {MANIFEST} lists (cut off, changed, or of another export)")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,12 +6,12 @@ is written last and removed first, so files that don't belong together are never
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from vla_spec.atomic import replacing
+from vla_spec.engines._digest import sha256_of
 from vla_spec.engines._model_files import ModelFiles
 from vla_spec.errors import BadModel
 
@@ -73,7 +73,6 @@ def write_manifest(graph: Path, precision: str, about: dict[str, Any]) -> None:
 def hash_file(path: Path) -> str | None:
     """sha256 of a file, hex; None if there is none."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError:
         return None

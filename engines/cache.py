@@ -19,8 +19,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+from vla_spec.engines._digest import sha256_of
 from vla_spec.engines._model_files import DESCRIPTION, WEIGHTS, ModelFiles, hash_weights
 from vla_spec.errors import BadEngine, MissingDependency
 
@@ -84,7 +85,7 @@ class Identity:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
+    def from_json(cls, values: Mapping[str, Any]) -> Identity:
         """Inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
         rest = dict(values)
         if rest.pop("format") != FORMAT:
@@ -265,8 +266,7 @@ def hash_file(path: Path) -> str:
         BadEngine: it can't be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise BadEngine(f"{path}: can't be read ({error.strerror})") from error
 
