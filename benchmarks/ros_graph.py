@@ -207,8 +207,8 @@ def pictures(asked: argparse.Namespace, found: dict[str, list[float]]) -> None:
         process.send_signal(signal.SIGINT)
         process.wait(TIMEOUT_S)
     got = json.loads(result.read_text())
-    found.setdefault("picture to put_image [ms]", []).extend(got[WARM_UP:])
-    found.setdefault("of that: message made and published [ms]", []).extend(building[WARM_UP:])
+    found.setdefault("picture to put_image (ms)", []).extend(got[WARM_UP:])
+    found.setdefault("of that: message made and published (ms)", []).extend(building[WARM_UP:])
     print(f"{len(got)} of {asked.pictures + WARM_UP} pictures arrived")
     driver.destroy_node()
 
@@ -282,13 +282,13 @@ def graph(asked: argparse.Namespace, params: Path, seen, found: dict[str, list[f
             process.wait()
             moving = [at for at, is_moving in driver.commands if is_moving]
             after = [at for at, _ in driver.commands if at > max(moving, default=killed)]
-            found.setdefault("SIGKILL to stand [ms]", []).append((after[0] - killed) / 1e6)
+            found.setdefault("SIGKILL to stand (ms)", []).append((after[0] - killed) / 1e6)
             restarted = time.monotonic_ns()
             begin()
             driver.commands.clear()
             driver.until(lambda: any(m for _, m in driver.commands), "motion again", seen)
             first = next(at for at, is_moving in driver.commands if is_moving)
-            found.setdefault("new policy_node to motion [ms]", []).append((first - restarted) / 1e6)
+            found.setdefault("new policy_node to motion (ms)", []).append((first - restarted) / 1e6)
         codes = nodes.end_all()
         if any(codes.values()):
             raise SystemExit(f"nodes did not end cleanly: {codes}")
@@ -307,11 +307,13 @@ def chunks(asked: argparse.Namespace, driver: Driver, seen, found: dict[str, lis
     assembly = assembler.assemble(config, seen)
     intervals: list[float] = []
     for turn in range(-1, (asked.chunks + 49) // 50):
+        settled = time.monotonic_ns() + 300_000_000  # what is on its way from the turn before arrives
+        driver.until(lambda settled=settled: time.monotonic_ns() > settled, "a moment", seen)
         driver.chunks.clear()
         driver.planning.clear()
         driver.commands.clear()
         driver.until(lambda: len(driver.chunks) >= 50, "chunks", seen)
-        ages = [(arrived - driver.sent[stamp]) / 1e6 for stamp, arrived in driver.chunks if stamp in driver.sent]
+        ages = [(arrived - driver.sent[stamp]) / 1e6 for stamp, arrived in driver.chunks]
         arrivals = [at for at, _ in driver.commands]
         own: list[float] = []
         start, previous = time.monotonic_ns(), None
@@ -324,16 +326,16 @@ def chunks(asked: argparse.Namespace, driver: Driver, seen, found: dict[str, lis
             previous = chunk
         if turn < 0:
             continue  # warm-up
-        found.setdefault("picture to chunk, through ROS [ms]", []).extend(ages)
-        found.setdefault("of that: planning, in policy_node [ms]", []).extend(driver.planning)
-        found.setdefault("the same plan without ROS [ms]", []).extend(own)
+        found.setdefault("picture to chunk, through ROS (ms)", []).extend(ages)
+        found.setdefault("of that: planning, in policy_node (ms)", []).extend(driver.planning)
+        found.setdefault("the same plan without ROS (ms)", []).extend(own)
         intervals += (np.abs(np.diff(arrivals) / 1e6 - 12.5)).tolist()
-    found.setdefault("commands: period error on arrival [ms]", []).extend(intervals)
+    found.setdefault("commands: period error on arrival (ms)", []).extend(intervals)
     driver.ticks.clear()
     driver.until(lambda: driver.ticks, "a report of the actor", seen)
     for key in ("p50", "p99", "max"):
         value = float(driver.ticks[f"period_error_{key}_ms"])
-        found.setdefault(f"commands: period error of the node's ticks, {key} of its last 1024 [ms]", []).append(value)
+        found.setdefault(f"commands: period error of the node's ticks, {key} of its last 1024 (ms)", []).append(value)
 
 
 def history_of(chunk, assembly):
