@@ -7,6 +7,7 @@ numbers of rows are padded up to the next. Every size has copies of the weights.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vla_spec.engines._graph_engine import GOLDEN_TOLERANCE, GraphEngine
-from vla_spec.engines._graph_runtime import Array, State, TensorSpec
+from vla_spec.engines._graph_runtime import Array, GraphRuntime, State, TensorSpec
 from vla_spec.engines._host_state import HostState
 from vla_spec.engines._model_files import DECODER_GRAPH, GOLDEN, WEIGHTS, ModelFiles, require_model_dir
 from vla_spec.engines._openvino_graph import MASK, WRITE_INDEX, openvino_module, read_graph
@@ -187,8 +188,8 @@ class OpenVinoRuntime:
 
     @property
     def is_batch_invariant(self) -> bool:
-        """In fp32 to rounding; coarser arithmetic rounds differently for one row and for many."""
-        return self.precision == "fp32"
+        """In fp32 to rounding. Of int8 `GraphEngine` asks a proof; in bf16 kernels differ with the number of rows."""
+        return self.precision in ("fp32", "int8")
 
     def open(self, file: Path) -> OpenVinoGraph:
         """Read; it is compiled when it is tied."""
@@ -213,10 +214,18 @@ class OpenVinoRuntime:
         """Zeroed caches."""
         return HostState(shape)
 
-    def aside(self, model_dir: Path | None = None) -> OpenVinoRuntime:
-        """What networks of drafters run on: compiled once each, whatever the number of rows."""
+    def aside(self, model_dir: Path | None = None) -> GraphRuntime:
+        """What networks of drafters run on: ONNX Runtime where it is installed.
+
+        They are small, and called with every number of rows: OpenVINO takes twice as long for them, and milliseconds
+        whenever a shape is new (docs/cpu-engines.md).
+        """
         del model_dir
-        return OpenVinoRuntime(self._num_threads, self.precision, (), self._allow_slow)
+        if importlib.util.find_spec("onnxruntime") is None:
+            return OpenVinoRuntime(self._num_threads, self.precision, (), self._allow_slow)
+        from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
+
+        return OnnxRuntimeRuntime(self._num_threads, precision="int8" if self.precision == "int8" else "fp32")
 
     def _compile(self, model: Any) -> Any:
         compiled = self._core.compile_model(

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 
+from int8_model import write_int8_model
+
 from vla_spec.engines import openvino as plugin
 from vla_spec.engines._decoder_spec import DecoderSpec
 from vla_spec.engines._graph_engine import GraphEngine
@@ -90,8 +92,11 @@ def test_every_size_is_compiled_when_the_engine_is_built():
     assert engine._decoder._compiled == before
 
 
-def test_drafters_run_on_one_graph_for_all_sizes():
-    aside = build(sizes=(4,)).runtime.aside()
+def test_drafters_run_on_onnx_runtime_where_it_is_installed(monkeypatch):
+    aside = OpenVinoRuntime(sizes=(4,)).aside()
+    assert (aside.name, aside.precision, aside.tiers) == ("onnxruntime", "fp32", None)
+    monkeypatch.setattr(plugin.importlib.util, "find_spec", lambda name: None)
+    aside = OpenVinoRuntime(sizes=(4,)).aside()
     assert (aside.name, aside.precision, aside.tiers) == ("openvino", "fp32", None)
 
 
@@ -245,6 +250,23 @@ class TestBadInput:
     def test_int8_without_a_quantised_graph(self):
         with pytest.raises(BadModel, match="vla-spec quantize"):
             build(precision="int8")
+
+
+def test_int8_is_claimed_batch_invariant_as_far_as_it_is_shown(tmp_path):
+    """`GraphEngine` compares rows one by one with rows in one call, to the bit."""
+    engine = plugin.build(
+        Options(precision="int8", sizes=(1, 8)), Parts(None, None, model_dir=write_int8_model(tmp_path / "small"))
+    )
+    assert engine.info.precision == "int8"
+    tokens = np.arange(8, dtype=np.int32) * 7
+    together = engine.step(tokens, np.arange(-1, 7, dtype=np.int32)).logits.copy()
+    are_equal = []
+    for i in range(8):
+        are_equal.append(
+            np.array_equal(engine.step(tokens[i : i + 1], np.full(1, -1, np.int32)).logits[0], together[i])
+        )
+        engine.commit(np.zeros(1, np.int32))
+    assert all(are_equal) or not engine.info.is_batch_invariant
 
 
 def test_models_of_more_than_128_mib_are_compiled_once(monkeypatch):
