@@ -1,6 +1,6 @@
 """What the ROS graph costs: a picture's way to the policy, picture to chunk, the commands' rate, a killed planner.
 
-    python benchmarks/ros_graph.py [--parts pictures,chunks,kills] [--repeats 2] [--out runs/ros-graph]
+    python benchmarks/ros_graph.py [--parts pictures,chunks,words,kills] [--repeats 2] [--out runs/ros-graph]
 
 All on real DDS between processes of one machine, with the shipped policy. Needs rclpy, the simulator for one still
 picture, and the model folder. Times across processes are on CLOCK_MONOTONIC, which they share.
@@ -9,6 +9,8 @@ picture, and the model folder. Times across processes are on CLOCK_MONOTONIC, wh
 - chunks: three pictures and the joint states leave this process; the trajectory arrives here. Beside it the same plans
   in this process without ROS, at the same pace, taking turns. And how regular action_node's commands are meanwhile, by
   its own ticks and as they arrive here.
+- words: another instruction leaves this process; the first provenance line of a chunk that obeys it arrives. Pictures
+  come at 20 Hz.
 - kills: SIGKILL of policy_node while the arm moves, until the first command of the lasting stand; then a new
   policy_node, until the arm moves again.
 """
@@ -72,10 +74,11 @@ def main() -> None:
         child(sys.argv[sys.argv.index("--child") + 1 :])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="pictures,chunks,kills")
+    parser.add_argument("--parts", default="pictures,chunks,words,kills")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=300, help="of each repeat")
     parser.add_argument("--chunks", type=int, default=150, help="of each repeat, with and without ROS")
+    parser.add_argument("--words", type=int, default=20, help="of each repeat")
     parser.add_argument("--kills", type=int, default=4, help="of each repeat")
     parser.add_argument("--mode", default="exact")
     parser.add_argument("--model", default="models/metaworld")
@@ -94,7 +97,7 @@ def main() -> None:
         for repeat in range(asked.repeats):
             if "pictures" in asked.parts:
                 pictures(asked, found)
-            if "chunks" in asked.parts or "kills" in asked.parts:
+            if set(asked.parts.split(",")) & {"chunks", "words", "kills"}:
                 graph(asked, params, observation, found, repeat)
             load.append(os.getloadavg()[0])
     finally:
@@ -142,6 +145,8 @@ class Driver(Node):
         self.words = self.create_publisher(String, "instruction", LATCHED)
         self.chunks: list[tuple[int, int]] = []  # stamp, arrival on the monotonic clock
         self.planning: list[float] = []
+        self.obeyed = ""
+        self.due = 0  # when the next pictures are
         self.commands: list[tuple[int, bool]] = []  # arrival, does the arm move
         self.ticks: dict[str, str] = {}
         self.sent: dict[int, int] = {}
@@ -156,7 +161,9 @@ class Driver(Node):
         self.chunks.append((messages.stamp_ns(message.header.stamp), time.monotonic_ns()))
 
     def _on_info(self, message: String) -> None:
-        self.planning.append(messages.read_info(message).planning_ms)
+        info = messages.read_info(message)
+        self.planning.append(info.planning_ms)
+        self.obeyed = info.instruction
 
     def _on_command(self, message: Float64MultiArray) -> None:
         self.commands.append((time.monotonic_ns(), bool(np.abs(message.data[:3]).max() > 1e-3)))
@@ -175,15 +182,15 @@ class Driver(Node):
 
     def until(self, condition, what: str, seen=None, period_ns: int = 50_000_000) -> None:
         """Spin, and show pictures at their pace, until a condition holds."""
-        end, due = time.monotonic_ns() + round(TIMEOUT_S * 1e9), 0
+        end = time.monotonic_ns() + round(TIMEOUT_S * 1e9)
         while not condition():
             now = time.monotonic_ns()
             if now > end:
                 raise TimeoutError(f"waited {TIMEOUT_S:g} s for {what}")
-            if seen is not None and now >= due:
+            if seen is not None and now >= self.due:
                 self.show(seen)
-                due = max(due + period_ns, now)
-            left_s = 0.01 if seen is None else max(0.0, min(0.01, (due - time.monotonic_ns()) / 1e9))
+                self.due = max(self.due + period_ns, now)
+            left_s = 0.01 if seen is None else max(0.0, min(0.01, (self.due - time.monotonic_ns()) / 1e9))
             self.spinner.spin_once(timeout_sec=left_s)
 
 
@@ -270,6 +277,17 @@ def graph(asked: argparse.Namespace, params: Path, seen, found: dict[str, list[f
         driver.until(lambda: len(driver.chunks) > WARM_UP, "chunks", seen)
         if "chunks" in asked.parts:
             chunks(asked, driver, seen, found)
+        for i in range(asked.words if "words" in asked.parts else 0):
+            moment = time.monotonic_ns() + 200_000_000 + i * 7_000_000  # another moment of the plan each time
+            driver.until(lambda moment=moment: time.monotonic_ns() >= moment, "the moment", seen)
+            words = seen.instruction if driver.obeyed != seen.instruction else "the " + seen.instruction
+            said = time.monotonic_ns()
+            driver.words.publish(String(data=words))
+            driver.until(lambda words=words: driver.obeyed == words, "a chunk that obeys", seen)
+            found.setdefault("instruction to the first chunk that obeys (ms)", []).append(
+                (time.monotonic_ns() - said) / 1e6
+            )
+        driver.words.publish(String(data=seen.instruction))
         for i in range(asked.kills if "kills" in asked.parts else 0):
             driver.until(lambda: driver.commands and driver.commands[-1][1], "motion", seen)
             moment = time.monotonic_ns() + i * 7_000_000  # another moment of the plan each time
