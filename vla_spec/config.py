@@ -39,6 +39,7 @@ DEFAULT_MODEL = Path("models/metaworld")
 EXTRA_OF_LIBRARY = {
     "onnxruntime": "run", "safetensors": "run", "torch": "torch", "onnx": "train", "metaworld": "sim", "mujoco": "sim",
     "jinja2": "report", "matplotlib": "report", "PIL": "report", "tokenizers": "openvla", "timm": "openvla",
+    "zmq": "serve", "msgpack": "serve", "openvino": "openvino",
 }  # fmt: skip
 
 

