@@ -79,9 +79,7 @@ def run_episode(robot: MetaWorldRobot, seed: int, policy: Act | None, execute_ho
             by_policy = not by_policy
         if robot.is_success and last == MAX_STEPS:
             last = step + STEPS_AFTER_SUCCESS
-    return Episode(
-        np.stack(images), np.array(steps, np.int32), np.stack(states), np.stack(labels), robot.is_success
-    )
+    return Episode(np.stack(images), np.array(steps, np.int32), np.stack(states), np.stack(labels), robot.is_success)
 
 
 def collect_task(

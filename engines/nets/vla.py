@@ -134,9 +134,7 @@ class VLA(nn.Module):
         flat = c.stem_channels[2] * side * side
         self.stem = Stem(c.stem_channels)
         self.camera_norm = nn.ModuleList(nn.LayerNorm(flat) for _ in range(c.num_cameras))
-        self.camera_proj = nn.ModuleList(
-            nn.Linear(flat, c.tokens_per_camera * c.width) for _ in range(c.num_cameras)
-        )
+        self.camera_proj = nn.ModuleList(nn.Linear(flat, c.tokens_per_camera * c.width) for _ in range(c.num_cameras))
         self.word = nn.Embedding(c.num_words, c.width)
         self.word_position = nn.Parameter(torch.randn(c.max_words, c.width) * 0.02)
         self.word_mlp = nn.Linear(c.width, c.width)
