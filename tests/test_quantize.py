@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vla_spec import plugins
 from vla_spec.adapters.vla import load as load_adapter
+from vla_spec.assemble import Assembler
 from vla_spec.calib.activation_ranges import Magnitudes, check_method, migration_factor
 from vla_spec.calib.observations import Recorded, demonstrated_observations, stratified
 from vla_spec.calib.quantize import (
@@ -32,6 +33,7 @@ from vla_spec.calib.quantize import (
     write_calibration,
     write_quantized,
 )
+from vla_spec.config import merge, read_mode, resolve
 from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines._quantized_files import names_of, quantized_graph
 from vla_spec.engines._safetensors import WeightsFile
@@ -40,6 +42,7 @@ from vla_spec.engines.onnxruntime import OnnxRuntimeRuntime
 from vla_spec.engines.verify import greedy, seeded_observations
 from vla_spec.errors import BadConfig, BadModel, MissingDependency, VlaSpecError
 from vla_spec.progress import Silent
+from vla_spec.runtime import NO_DEADLINE_NS
 from vla_spec.types import Observation
 
 MODEL = Path(__file__).parents[1] / "models" / "metaworld" / "small"
@@ -377,6 +380,25 @@ class TestStudy:
         assert quality.difference_max < 0.5
         assert quality.token_agreement > 0.85
 
+    def test_the_librarys_largest_magnitudes_are_ours(self, study, inputs):
+        pytest.importorskip("modelopt.onnx.quantization", reason="needs the extra [modelopt]", exc_type=ImportError)
+        tokens = study.tokens_of(inputs[:2], Silent())
+        observed = study.observe(inputs[:2], tokens, Silent(), num_kept=2)
+        # For fp8 it takes the scale of int8 times 448 / 127, which leaves twelve times the range as headroom.
+        for precision, headroom in (("int8", 1), ("fp8", (448 / 127) ** 2)):
+            theirs, ours = (study.calibrate(observed, Recipe(precision, r)).clips for r in ("modelopt-max", "max"))
+            assert theirs.keys() == ours.keys()
+            for name, clip in ours.items():
+                assert theirs[name] == pytest.approx(clip * headroom, rel=0.02), name
+
+    def test_without_that_library(self, study, inputs, monkeypatch):
+        monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
+        tokens = study.tokens_of(inputs[:1], Silent())
+        observed = study.observe(inputs[:1], tokens, Silent(), num_kept=1)
+        assert [sorted(call)[:2] for call in observed.calls] == [["embeds", "mask"]] * 2
+        with pytest.raises(MissingDependency, match="modelopt"):
+            study.calibrate(observed, Recipe(ranges="modelopt-max"))
+
     def test_activations_that_are_not_finite_name_tensor_and_observation(self, study, inputs):
         broken = {**inputs[1], "state": np.full_like(inputs[1]["state"], np.nan)}
         tokens = study.tokens_of(inputs[:1], Silent()) * 2
@@ -464,6 +486,20 @@ class TestFiles:
             engine = GraphEngine(written, runtime(precision="int8", pads_one=True))
             assert engine.info.is_batch_invariant is claim
         assert not GraphEngine(written, OnnxRuntimeRuntime(precision="int8")).info.is_batch_invariant
+
+    @pytest.mark.parametrize("mode", ["ngram", "jacobi"])
+    def test_exact_speculation_is_autoregression_in_int8(self, written, inputs, mode):
+        tree = {"model": str(written), "engine": {"name": "onnxruntime", "precision": "int8"}}
+        config = resolve(merge(read_mode(mode)[1], tree), mode)
+        assembly = Assembler().assemble(config, load_adapter(written).example())
+        if not assembly.engine.info.is_batch_invariant:
+            pytest.skip("this CPU's int8 kernels score one row and many differently, and the engine says so")
+        decoder, drafted = assembly.policy.decoder, 0
+        for one in inputs:
+            decoded = decoder.decode(one, assembly.clock.now_ns() + NO_DEADLINE_NS)
+            drafted += sum(r.num_drafted for r in decoded.rounds)
+            assert np.array_equal(decoded.tokens, greedy(assembly.engine, one, T))
+        assert drafted > 0
 
     def test_int8_weights_lie_in_a_file_of_their_own_and_the_rest_where_it_was(self, written):
         graph, weights, _ = names_of(written / "decoder.onnx", "int8")
