@@ -122,6 +122,7 @@ class ChunkBuffer:
     def reset(self, now_ns: int | None = None) -> None:
         """A new episode: forget all chunks. Later chunks whose observation is older than ``now_ns`` are refused."""
         self._chunks.clear()
+        self._newest_step = 0  # the newest chunk's observation as it was given, before any shift by holds
         self._source: ActionChunk | None = None  # newest chunk that has tokens
         self._next_step = 0  # every step before it has been played
         self._last: Float32 | None = None
@@ -181,10 +182,11 @@ class ChunkBuffer:
         if self._epoch_ns is not None and chunk.observation_stamp_ns < self._epoch_ns:
             self.num_out_of_order += 1
             return False
-        if newest is not None and chunk.observation_step < newest.observation_step:
+        if newest is not None and chunk.observation_step < self._newest_step:
             self.num_out_of_order += 1
             return False
-        num_held = self._next_step - chunk.observation_step - self.consumed_since(chunk.observation_step)
+        observation_step = chunk.observation_step
+        num_held = self._next_step - observation_step - self.consumed_since(observation_step)
         if num_held > 0:
             chunk = replace(chunk, observation_step=chunk.observation_step + num_held)
             self.num_shifted += 1
@@ -196,6 +198,7 @@ class ChunkBuffer:
             self._chunks.clear()
             self._frozen.clear()
         self._chunks.append(chunk)
+        self._newest_step = observation_step
         if len(chunk.tokens):
             self._source = chunk
         self.num_accepted += 1
