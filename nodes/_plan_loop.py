@@ -13,7 +13,7 @@ import numpy as np
 from vla_spec.assemble import Assembly
 from vla_spec.clock import NS_PER_S, NowNs
 from vla_spec.interfaces import ChunkHistory
-from vla_spec.nodes._clock_watch import ClockWatch
+from vla_spec.nodes._clock_watch import ClockRate, ClockWatch
 from vla_spec.nodes._observation_slots import ObservationSlots
 from vla_spec.types import ActionChunk, Float32, Observation, Provenance, Rung
 
@@ -46,7 +46,7 @@ class PlanLoop:
     ) -> None:
         self._slots, self._now_ns, self._steady_ns = slots, now_ns, steady_ns
         self._dt_ns, self._horizon = round(dt_s * NS_PER_S), execute_horizon
-        self._clock = ClockWatch()
+        self._clock, self._rate = ClockWatch(), ClockRate()
         self._wanted_generation = self._generation = 0
         self._previous: ActionChunk | None = None
         self._first_ns = 0  # stamp of control step 0
@@ -69,12 +69,13 @@ class PlanLoop:
 
         Args:
             assembly: plans with it.
-            budget_ns: deadline, counted from the observation's stamp.
+            budget_ns: deadline, counted from the observation's stamp on its clock.
             is_simulated: time is simulated: whoever simulates it says when it jumps.
         """
-        now_ns = self._now_ns()
+        now_ns, rate = self._now_ns(), 1.0
         if is_simulated:
             self._clock.forget()
+            rate = self._rate.look(now_ns, self._steady_ns())
         elif self._clock.has_jumped(now_ns, self._steady_ns()):
             self.counts["clock_jumps"] += 1
             self.forget()
@@ -97,9 +98,10 @@ class PlanLoop:
             assembly.policy.reset()
         step = round((observation.stamp_ns - self._first_ns) / self._dt_ns)
         observation = replace(observation, step=step)
-        # How old the observation is by its own clock; what is left of the time is counted on the steady one.
+        # How old the observation is by its own clock; what is left of the time is counted on the steady one, on which a
+        # simulated world may be slower or faster.
         age_ns = max(0, now_ns - observation.stamp_ns)
-        deadline_ns = self._steady_ns() + budget_ns - age_ns
+        deadline_ns = self._steady_ns() + round((budget_ns - age_ns) / rate)
         chunk = assembly.policy.plan(observation, deadline_ns, self._history(assembly, observation))
         if generation != self._wanted_generation:
             self.counts["discarded"] += 1

@@ -56,6 +56,7 @@ PARAMETERS = (
               choices=tuple(h.value for h in HandOver)),
     Parameter("is_shifted_by_holds", True, "steps in which the arm held consume no action"),
     Parameter("planner_timeout_s", 0.4, "no trajectory for so long: the planner counts as gone [s]", 0.01, 3600.0),
+    Parameter("clock_timeout_s", 1.0, "simulated time that stands still for so long is an error [s]", 0.01, 3600.0),
     Parameter("max_age_s", 1.0, "a trajectory whose observation is older is refused [s]", 0.001, 3600.0),
     Parameter("dry_run", True, "compute and report commands, send none"),
     *qos_parameters("trajectory", CHUNK),
@@ -96,6 +97,8 @@ class ActionNode(Node):
         self._is_held = self._is_stalled = False
         self._gone = "no chunk came yet"  # why the planner counts as gone; empty = it does not
         self._heard_ns = self._ticked_ns = time.monotonic_ns()
+        self._heard_at_ns = 0  # the same on ROS's clock
+        self._newest_step = 0  # of the chunk that the buffer took last
         self._sent: Float32 | None = None
         self._sent_before: Float32 | None = None
         self._counts = {
@@ -184,12 +187,12 @@ class ActionNode(Node):
             self._refuse(error)
             return
         self._epoch_ns = epoch_ns
-        self._heard_ns, self._gone = time.monotonic_ns(), ""
+        self._heard_ns, self._heard_at_ns, self._gone = time.monotonic_ns(), now_ns, ""
         self._counts["chunks"] += 1
         self._counts["without_provenance"] += info is None
         self._counts["clamped"] += int((self._space.clip(chunk.actions) != chunk.actions).any(1).sum())
-        if not self._is_held:
-            self._buffer.put(chunk)
+        if not self._is_held and self._buffer.put(chunk):
+            self._newest_step = step
 
     def _check_time(self, stamp_ns: int, now_ns: int) -> None:
         """Refuse what is not of now; what of a chunk is over is the buffer's business.
@@ -256,10 +259,11 @@ class ActionNode(Node):
         if self._epoch_ns is None or newest is None:
             return
         # As old as what it replaces: a chunk that is newer than that takes over, however long it took to plan.
-        num_rows = self._buffer.next_step - newest.observation_step + self._space.stop_steps
+        num_rows = self._buffer.next_step - self._newest_step + self._space.stop_steps
         rows = np.tile(self._space.hold(self._sent), (max(num_rows, self._space.stop_steps), 1))
         stop = replace(
             newest,
+            observation_step=self._newest_step,
             actions=rows,
             provenance=np.full(rows.shape, Provenance.HOLD, np.uint8),
             rung=Rung.STOP,
@@ -280,15 +284,21 @@ class ActionNode(Node):
         self._trajectory = None
         self._infos.clear()
         self._not_before_ns = now_ns
+        self._heard_at_ns = now_ns
         if self._epoch_ns is not None:
             self._epoch_ns = now_ns - self._buffer.next_step * self._period_ns
 
     def _watch(self) -> None:
-        """On the steady clock: is the planner there, does time go on?"""
-        steady_ns, timeout_ns = time.monotonic_ns(), self._values["planner_timeout_s"] * NS_PER_S
-        if not self._gone and steady_ns - self._heard_ns > timeout_ns:
+        """On the steady clock: is the planner there, does time go on?
+
+        How long the planner is silent counts in the world's time, which may be slower or faster than ours.
+        """
+        steady_ns = time.monotonic_ns()
+        silent_ns = self._now_ns() - self._heard_at_ns if self._is_clock_simulated else steady_ns - self._heard_ns
+        if not self._gone and silent_ns > self._values["planner_timeout_s"] * NS_PER_S:
             self._counts["planner_gone"] += 1
             self._lose("no trajectory from the planner")
+        timeout_ns = self._values["clock_timeout_s"] * NS_PER_S
         if not self._is_clock_simulated or steady_ns - self._ticked_ns <= timeout_ns:
             return
         if not self._is_stalled:
@@ -344,6 +354,7 @@ class ActionNode(Node):
         self._epoch_ns = self._sent = self._sent_before = None
         self._gone = self._gone or "no chunk came yet"
         self._buffer.reset()
+        self._newest_step = 0
         self._anchor(now_ns)
         response.success, response.message = True, "chunks before now are forgotten, silent until the next one"
         return response

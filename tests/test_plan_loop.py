@@ -155,12 +155,23 @@ def test_a_date_that_is_set_begins_a_new_time(world, change_ns):
 
 
 def test_simulated_time_may_run_at_any_speed(world):
+    """A deadline is in the world's time: in slow motion the planner has more of ours."""
     world.show()
     world.look(is_simulated=True)
-    world.date_ns += 4 * DT_NS
-    world.steady_ns += 10 * 10**9
+    assert world.asked[-1][1] == world.steady_ns + 60 * MS  # nothing is known of the speed yet
+    for rate in (0.5, 4.0):
+        world.date_ns += round(rate * 10**9)
+        world.steady_ns += 10**9
+        world.show(age_ns=20 * MS)
+        assert world.look(is_simulated=True) is not None
+        assert world.asked[-1][1] == world.steady_ns + round(40 * MS / rate)
+    world.steady_ns += 10**9  # paused: the speed before counts
+    world.slots.clear()
+    assert world.look(is_simulated=True) is None
+    world.date_ns += 100 * MS
     world.show()
-    assert world.look(is_simulated=True) is not None
+    world.look(is_simulated=True)
+    assert world.asked[-1][1] == world.steady_ns + 15 * MS
     assert world.loop.counts["clock_jumps"] == 0
 
 

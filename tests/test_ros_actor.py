@@ -244,7 +244,7 @@ def test_a_date_that_is_set_is_a_stop_and_then_business_as_usual(world, monkeypa
 
 
 def test_simulated_time_may_jump_back_or_stand_still(world, monkeypatch):
-    robot, node, planner = begin(world, use_sim_time=True)
+    robot, node, planner = begin(world, use_sim_time=True, clock_timeout_s=0.4)
     status(world, robot, lambda *s: "nothing comes on /clock" in s[1], "the report")
     assert not robot.commands
 
