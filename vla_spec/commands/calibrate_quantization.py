@@ -69,6 +69,7 @@ def command(
         raise BadConfig(f"--mode {mode}: valid: one mode")
 
     import datetime
+    import platform
     from dataclasses import replace
 
     from rich.console import Console
@@ -117,7 +118,8 @@ def command(
         "source": "closed loop" if data is None else "demonstrations",
         "observations": seen.provenance(),
         "held_out": other.provenance(),
-        "environment": environment(configs[0].num_threads),
+        # Without where Python lies: the file is shipped.
+        "environment": {**environment(configs[0].num_threads), "python": platform.python_version()},
     }
     for folder, (best, tried) in chosen.items():
         path = calibration_file((model_dir if out is None else out) / folder.relative_to(model_dir), precision)
