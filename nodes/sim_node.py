@@ -27,7 +27,7 @@ from vla_spec.clock import NS_PER_S
 from vla_spec.config import resolve_choice
 from vla_spec.errors import BadObservation
 from vla_spec.nodes import _messages as messages
-from vla_spec.nodes._main import run_node
+from vla_spec.nodes._main import run_node, wait_s
 from vla_spec.nodes._parameters import Parameter, declare, qos_parameters, qos_profile
 from vla_spec.nodes._tick_statistics import TickStatistics
 
@@ -49,6 +49,8 @@ PARAMETERS = (
 )  # fmt: skip
 #: How long an episode waits for actor and planner to forget the one before [ns].
 RESET_TIMEOUT_NS = 1_000_000_000
+#: What the middleware is given to send the last messages before the process ends [s].
+FLUSH_S = 0.1
 
 
 @final
@@ -204,7 +206,11 @@ class SimNode(Node):
         self._status.publish(message)
 
     def finish(self) -> None:
-        """The process ends."""
+        """The process ends: actor and planner need not hold and wait for a world that is gone."""
+        for client in self._resets:
+            if client.service_is_ready():
+                client.call_async(Trigger.Request())
+        wait_s(FLUSH_S)
         close = getattr(self._robot, "close", None)
         if close is not None:
             close()

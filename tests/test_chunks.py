@@ -54,6 +54,19 @@ def test_a_late_chunk_is_used_for_its_actions_that_still_lie_ahead():
     assert (motion(command), command.row, command.provenance) == (0.03, 2, Provenance.EXACT)
 
 
+def test_a_chunk_that_holds_shifted_does_not_outdate_newer_observations():
+    """The second one was observed while the first one was under way, before the steps in which the arm held were over."""
+    b = buffer()
+    for step in range(6):
+        b.command(step)
+    assert b.put(chunk(0, rows=8))  # shifted: its row 0 is due now
+    assert b.put(chunk(2, rows=8, chunk_id=1))
+    assert (b.num_out_of_order, b.num_shifted) == (0, 2)
+    assert b.command(6).chunk_id == 1
+    assert not b.put(chunk(1, rows=8, chunk_id=2))
+    assert b.num_out_of_order == 1
+
+
 def test_a_chunk_of_the_past_is_refused_and_counted():
     b = buffer()
     b.put(chunk(0, rows=8))
