@@ -55,7 +55,7 @@ def test_a_late_chunk_is_used_for_its_actions_that_still_lie_ahead():
 
 
 def test_a_chunk_that_holds_shifted_does_not_outdate_newer_observations():
-    """The second one was observed while the first one was under way, before the steps in which the arm held were over."""
+    """The second was observed while the first was under way, before the steps in which the arm held were over."""
     b = buffer()
     for step in range(6):
         b.command(step)
