@@ -53,7 +53,7 @@ PARAMETERS = (
     Parameter("stop_steps", 8, "control steps of a decelerating stop", 1, 10000),
     Parameter("max_holds", 8, "holds in a row before the decelerating stop", 0, 100000),
     Parameter("hand_over", HandOver.REPLACE.value, "how a new chunk takes over",
-              choices=tuple(h.value for h in HandOver)),
+              choices=(HandOver.REPLACE.value, HandOver.TEMPORAL_ENSEMBLE.value)),
     Parameter("is_shifted_by_holds", True, "steps in which the arm held consume no action"),
     Parameter("planner_timeout_s", 0.4, "no trajectory for so long: the planner counts as gone [s]", 0.01, 3600.0),
     Parameter("clock_timeout_s", 1.0, "simulated time that stands still for so long is an error [s]", 0.01, 3600.0),

@@ -110,6 +110,13 @@ def test_names_are_relative_so_that_two_robots_fit_on_one_machine(described):
         assert {name for name in made if name.startswith("/")} <= {"/clock", "/diagnostics"}, path.name
 
 
+def test_a_world_of_its_own_has_a_time_of_its_own(described):
+    """Who publishes time does so in its namespace; a robot listens to everybody's."""
+    name, entities = described
+    wanted = [] if name == "vla.launch.py" else [("/clock", "clock")]
+    assert all(n.kwargs["remappings"] == wanted for n in nodes_of(entities))
+
+
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
 def test_every_parameter_in_a_file_is_declared_by_its_node(path):
     pytest.importorskip("rclpy")
