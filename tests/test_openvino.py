@@ -252,21 +252,14 @@ class TestBadInput:
             build(precision="int8")
 
 
-def test_int8_is_claimed_batch_invariant_as_far_as_it_is_shown(tmp_path):
-    """`GraphEngine` compares rows one by one with rows in one call, to the bit."""
+def test_int8_is_not_claimed_batch_invariant(tmp_path, inputs):
+    """Sixteen tokens may well agree to the bit; over 60 observations, rows of the target differed by up to 0.13."""
     engine = plugin.build(
         Options(precision="int8", sizes=(1, 8)), Parts(None, None, model_dir=write_int8_model(tmp_path / "small"))
     )
     assert engine.info.precision == "int8"
-    tokens = np.arange(8, dtype=np.int32) * 7
-    together = engine.step(tokens, np.arange(-1, 7, dtype=np.int32)).logits.copy()
-    are_equal = []
-    for i in range(8):
-        are_equal.append(
-            np.array_equal(engine.step(tokens[i : i + 1], np.full(1, -1, np.int32)).logits[0], together[i])
-        )
-        engine.commit(np.zeros(1, np.int32))
-    assert all(are_equal) or not engine.info.is_batch_invariant
+    assert not engine.info.is_batch_invariant
+    assert np.isfinite(engine.prefill(inputs).logits).all()
 
 
 def test_models_of_more_than_128_mib_are_compiled_once(monkeypatch):
