@@ -26,7 +26,7 @@ OPENVINO = ["openvino>=2026.2"]
 # Builds engines ahead of time on machines without a GPU; on one it runs them.
 TENSORRT_RTX = ["tensorrt-rtx>=1.7", "cuda-bindings>=12.6,<14", "onnx>=1.19", "filelock>=3.13"]
 TENSORRT = ["tensorrt>=10.13", "cuda-bindings>=12.6,<14", "onnx>=1.19", "filelock>=3.13"]
-OPENVLA = [*TORCH, "timm>=1.0.15", "transformers>=4.56", "tokenizers>=0.21", "pillow>=10", "onnx>=1.19"]
+OPENVLA = [*TORCH, "timm>=0.9.16", "tokenizers>=0.21", "pillow>=10", "onnx>=1.19"]  # running needs no torch and no timm
 SERVE = ["pyzmq>=26", "msgpack>=1.1"]
 ROS = ["mcap>=1.2"]  # beside a ROS 2 of the system, which is no pip package
 # ROS 2 kilted as unofficial wheels, where no ROS is installed: exact, as they belong together.
@@ -37,7 +37,7 @@ ROS_WHEELS = [
 ]  # fmt: skip
 TEST = [
     *RUN, *REPORT, *PROFILE, *SIM, *TRAIN, *OPENVINO, *TENSORRT_RTX, *OPENVLA, *SERVE, *ROS_WHEELS, "hypothesis>=6",
-    "mypy>=1.10", "pytest>=8", "ruff>=0.6", "types-PyYAML",
+    "mypy>=1.10", "pytest>=8", "ruff>=0.6", "transformers>=4.56", "types-PyYAML",
 ]  # fmt: skip
 
 
