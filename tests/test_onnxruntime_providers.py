@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from int8_model import write_int8_model, write_plain_model
+
 from vla_spec.engines import onnxruntime as plugin
 from vla_spec.engines._graph_engine import GraphEngine
 from vla_spec.engines._host_state import HostState
@@ -334,15 +336,14 @@ class TestInt8:
         worst = max(float(np.abs(a - b).max() / b.std()) for a, b in zip(found, wanted, strict=True))
         assert 1e-3 < worst < 0.5
 
-    def test_without_a_quantised_graph_it_is_refused(self):
+    def test_without_a_quantised_graph_it_is_refused(self, tmp_path):
+        folder = write_plain_model(tmp_path / "small")
         with pytest.raises(BadModel, match="vla-spec quantize"):
-            plugin.build(Options(precision="int8"), Parts(None, None, model_dir=MODEL))
+            plugin.build(Options(precision="int8"), Parts(None, None, model_dir=folder))
 
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory):
-    from int8_model import write_int8_model
-
     return write_int8_model(tmp_path_factory.mktemp("int8") / "small")
 
 

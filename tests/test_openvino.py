@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 
-from int8_model import write_int8_model
+from int8_model import write_int8_model, write_plain_model
 
 from vla_spec.engines import openvino as plugin
 from vla_spec.engines._decoder_spec import DecoderSpec
@@ -247,9 +247,10 @@ class TestBadInput:
         with pytest.raises(BadConfig, match=message):
             Options(**values)
 
-    def test_int8_without_a_quantised_graph(self):
+    def test_int8_without_a_quantised_graph(self, tmp_path):
+        parts = Parts(None, None, model_dir=write_plain_model(tmp_path / "small"))
         with pytest.raises(BadModel, match="vla-spec quantize"):
-            build(precision="int8")
+            plugin.build(Options(precision="int8"), parts)
 
 
 def test_int8_is_not_claimed_batch_invariant(tmp_path, inputs):
