@@ -28,7 +28,7 @@ def world():
 
 
 def start_policy(world):
-    node = world.make(PolicyNode, **{**POLICY, "use_sim_time": True})
+    node = world.make(PolicyNode, **{**POLICY, "use_sim_time": True, "execute_horizon": 1})
     assert node.trigger_configure().name == "SUCCESS"
     assert node.trigger_activate().name == "SUCCESS"
     return node
