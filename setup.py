@@ -16,12 +16,12 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / NAME / "__init__.py").read_text())[1]
 
 CORE = ["numpy>=1.26", "pydantic>=2.6", "pyyaml>=6", "typer>=0.29", "rich>=13"]
-RUN = ["onnxruntime>=1.20", "safetensors>=0.4"]
+RUN = ["onnxruntime>=1.32", "safetensors>=0.4"]
 REPORT = ["jinja2>=3.1", "matplotlib>=3.8", "pillow>=10"]
 PROFILE = ["hdrhistogram>=0.10", "jinja2>=3.1", "matplotlib>=3.8"]
 SIM = ["metaworld==3.1.1", "packaging", "mujoco"]  # metaworld forgets to name packaging
 TORCH = ["torch==2.13.0", "safetensors>=0.4"]
-TRAIN = [*TORCH, "onnx>=1.17", "onnxruntime>=1.20"]
+TRAIN = [*TORCH, "onnx>=1.19", "onnxruntime>=1.32"]
 OPENVINO = ["openvino>=2026.2"]
 # Builds engines ahead of time on machines without a GPU; on one it runs them.
 TENSORRT_RTX = ["tensorrt-rtx>=1.7", "cuda-bindings>=12.6,<14", "onnx>=1.19", "filelock>=3.13"]
