@@ -7,6 +7,7 @@ numbers of rows are padded up to the next. Every size has copies of the weights.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -156,6 +157,17 @@ class OpenVinoGraph:
         return self._compiled[size].create_infer_request()
 
 
+@functools.cache
+def the_core() -> Any:
+    """One OpenVINO core per process, never given up.
+
+    A core installs a stack for signal handlers and puts back what was there before when it goes. Two that go in the
+    order in which they came leave a pointer to freed memory behind, and the next Ctrl-C is a segmentation fault (seen
+    with 2026.4.1).
+    """
+    return openvino_module().Core()
+
+
 @final
 class OpenVinoRuntime:
     """OpenVINO on the CPU, on host memory.
@@ -176,7 +188,7 @@ class OpenVinoRuntime:
     def __init__(
         self, num_threads: int = 1, precision: str = "fp32", sizes: Sequence[int] = (), allow_slow: bool = False
     ) -> None:
-        self._core = openvino_module().Core()
+        self._core = the_core()
         self._num_threads, self._sizes, self._allow_slow = num_threads, tuple(sizes), allow_slow
         self.precision, self.provider = precision, "CPU"
         can = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

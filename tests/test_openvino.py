@@ -1,5 +1,7 @@
 """OpenVINO on the one decoder graph: beside ONNX Runtime, in every kind of size, refused where it would be wrong."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,7 +123,7 @@ class TestBf16:
 
     def test_a_cpu_without_it_is_refused(self, monkeypatch):
         core = SimpleNamespace(get_property=lambda device, name: ["FP32", "INT8"])
-        monkeypatch.setattr(plugin, "openvino_module", lambda: SimpleNamespace(Core=lambda: core))
+        monkeypatch.setattr(plugin, "the_core", lambda: core)
         with pytest.raises(SlowPath, match="this CPU has no bf16 arithmetic; OpenVINO finds FP32, INT8"):
             OpenVinoRuntime(precision="bf16")
         assert OpenVinoRuntime(precision="bf16", allow_slow=True).precision == "fp32"
@@ -266,3 +268,20 @@ def test_int8_is_not_claimed_batch_invariant(tmp_path, inputs):
 def test_models_of_more_than_128_mib_are_compiled_once(monkeypatch):
     monkeypatch.setattr(plugin, "MOST_COPIED", 100)
     assert build().runtime.tiers is None
+
+
+def test_signals_are_survived_when_runtimes_have_come_and_gone():
+    """Each core would bring a stack for signals and leave with it; see `the_core`."""
+    script = """
+import os, signal
+from vla_spec.engines.openvino import OpenVinoRuntime
+first, second = OpenVinoRuntime(), OpenVinoRuntime()
+del first
+del second
+seen = []
+signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+os.kill(os.getpid(), signal.SIGINT)
+assert seen == [1]
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
