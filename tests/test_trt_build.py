@@ -54,7 +54,7 @@ def fp16(cache_dir):
 @pytest.fixture
 def model(tmp_path):
     """A copy of the shipped model that a test may spoil."""
-    return shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("small", "*.npz"))
+    return shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("small", "*.npz", "*.int8.*", "*.fp8.*"))
 
 
 # --- what is built ---------------------------------------------------------------------------------------------------
