@@ -3,8 +3,8 @@
 The checkpoint is written tensor by tensor, exported by `vla-spec export openvla` in a process of its own, whose peak
 memory is the operating system's figure for it, and removed again.
 
-    python benchmarks/openvla_full_size.py --work /tmp/full --out full_size.json             # 30 GB of disk
-    python benchmarks/openvla_full_size.py --work /tmp/one --layers 1 --build --out one.json  # and its engine
+    python benchmarks/openvla_full_size.py --work data/full --out full_size.json             # 30 GB of disk
+    python benchmarks/openvla_full_size.py --work data/one --layers 1 --build --out one.json  # and its engine
 """
 
 from __future__ import annotations
