@@ -30,7 +30,8 @@ def write_manifest(folder: Path, command: str = "") -> Path:
     Returns:
         The file.
     """
-    files = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))
+    found = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))
+    files = [path for path in found if "." not in path.stem]  # decoder.int8.onnx comes later, with its own manifest
     values = {
         "format": FORMAT,
         "vla_spec": __version__,

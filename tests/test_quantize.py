@@ -571,6 +571,17 @@ class TestFiles:
             with pytest.raises(BadModel, match=r"vla-spec quantize"):
                 quantized_graph(other / "decoder.onnx", "int8", is_needed)
 
+    def test_an_export_does_not_list_it(self, written, tmp_path):
+        from vla_spec.engines._model_manifest import check_manifest, write_manifest
+
+        other = copied(written, tmp_path / "other")
+        listed = json.loads(write_manifest(other).read_text())["files"]
+        assert "decoder.onnx" in listed
+        assert not [name for name in listed if ".int8." in name]
+        for file in other.glob("*.int8.*"):
+            file.unlink()
+        check_manifest(other)
+
     def test_where_nothing_was_quantised(self, tmp_path):
         file = tmp_path / "block_head.onnx"
         assert quantized_graph(file, "int8", is_needed=False) == file

@@ -54,7 +54,8 @@ def fp16(cache_dir):
 @pytest.fixture
 def model(tmp_path):
     """A copy of the shipped model that a test may spoil."""
-    return shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("small", "*.npz", "*.int8.*", "*.fp8.*"))
+    built = ("*.int8.*", "*.fp8.*")
+    return shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("small", "*.npz", *built))
 
 
 # --- what is built ---------------------------------------------------------------------------------------------------
