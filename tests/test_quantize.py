@@ -646,3 +646,40 @@ class TestFiles:
             result = CliRunner().invoke(app, ["quantize", str(other), *arguments])
             assert isinstance(result.exception, VlaSpecError)
             assert message in str(result.exception)
+
+    def test_the_other_command_calibrates(self, folder, tmp_path):
+        from vla_spec.cli import app
+
+        rng = np.random.default_rng(0)
+        for task in ("door-open", "push"):
+            (tmp_path / "data" / task).mkdir(parents=True)
+            for seed in range(3):
+                np.savez(
+                    tmp_path / "data" / task / f"{seed}.npz",
+                    images=rng.integers(0, 256, (4, 3, 96, 96, 3), dtype=np.uint8),
+                    steps=np.arange(4, dtype=np.int32), state=rng.uniform(0, 0.5, (9, 4)).astype(np.float32),
+                    labels=np.zeros((9, 4), np.float32),
+                )  # fmt: skip
+        out = tmp_path / "out"
+        arguments = [
+            "calibrate", "quantization", str(folder), "--data", str(tmp_path / "data"), "--seed-start", "0",
+            "--episodes", "2", "--observations", "4", "--held-out", "2", "--ranges", "max,mse", "--out", str(out),
+        ]  # fmt: skip
+        result = CliRunner().invoke(app, arguments, obj=arguments)
+        assert result.exit_code == 0, result.output
+        fitted = Calibration.read(calibration_file(out, "int8"))
+        assert [one["ranges"] for one in fitted.evidence["tried"]] == ["max", "mse"]
+        assert fitted.evidence["observations"]["by_task"] == {"door-open": 2, "push": 2}
+        assert fitted.evidence["observations"]["seeds"] == [0, 1]
+        assert fitted.evidence["held_out"]["seeds"] == [2, 2]
+        for changed, message in (
+            (["--observations", "1"], "at least 2, one of every task"),
+            (["--observations", "40"], "20 of task door-open are needed and 8 are recorded"),
+            (["--ranges", ""], "--ranges is empty"),
+            (["--ranges", "best"], "range 'best'"),
+            (["--seed-start", "9999"], "kept for evaluation"),
+            (["--precision", "int3"], "valid: int8, fp8"),
+        ):
+            result = CliRunner().invoke(app, [*arguments, *changed], obj=arguments)
+            assert isinstance(result.exception, VlaSpecError)
+            assert message in str(result.exception)
