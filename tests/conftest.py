@@ -1,5 +1,6 @@
 """Strict numerics for all tests: what NumPy would whisper about is an error here."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ FOREIGN = ("torch", "onnxruntime", "onnx", "mujoco", "metaworld", "gymnasium", "
 
 
 def pytest_configure(config):
+    # Whoever starts the tests in the background of a shell has them ignore Ctrl-C, and all their children with them.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
     for library in FOREIGN:
         config.addinivalue_line("filterwarnings", rf"default:::{library}(\..*)?")

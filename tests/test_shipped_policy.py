@@ -10,7 +10,7 @@ import pytest
 
 from vla_spec import plugins
 from vla_spec.decoder import SpeculativeDecoder
-from vla_spec.errors import BadModel, SlowPath
+from vla_spec.errors import BadConfig, BadModel, SlowPath
 from vla_spec.interfaces import ChunkHistory
 
 MODEL = Path(__file__).parents[1] / "models" / "metaworld"
@@ -149,7 +149,12 @@ def test_golden_inputs_that_disagree_are_refused(tmp_path):
 
 
 def test_another_provider_than_the_one_asked_for_is_refused():
-    with pytest.raises(SlowPath, match="NoSuchProvider"):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(SlowPath, match="CUDAExecutionProvider"):
+            build_engine(MODEL, provider="CUDAExecutionProvider")
+    with pytest.raises(BadConfig, match="provider is 'NoSuchProvider'; valid: CPUExecutionProvider"):
         build_engine(MODEL, provider="NoSuchProvider")
 
 
