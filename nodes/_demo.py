@@ -15,14 +15,13 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.msg import Transition
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 
 from vla_spec.errors import NodeFailed
 from vla_spec.nodes._lifecycle import transit
 from vla_spec.nodes._processes import NodeProcesses
+from vla_spec.nodes._qos import HEAR_LATCHED
 
-LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 #: A domain of its own, so that a demonstration never talks to a robot; ROS_DOMAIN_ID wins if it is set.
 DEMO_DOMAIN = "88"
 LEVELS = {
@@ -56,7 +55,7 @@ class Observer(Node):
         super().__init__("vla_spec_demo")
         self._result = result
         self._task_outcomes: list[dict[str, Any]] = []
-        self.create_subscription(String, "episode", self._on_episode, LATCHED)
+        self.create_subscription(String, "episode", self._on_episode, HEAR_LATCHED)
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
 
     def _on_episode(self, message: String) -> None:

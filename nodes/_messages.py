@@ -6,14 +6,16 @@ says where its numbers came from (docs/ros.md has the keys). Standard messages o
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, MultiArrayDimension, String
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
@@ -270,6 +272,32 @@ def write_actions(actions: Float32, joints: Sequence[str]) -> Float64MultiArray:
         MultiArrayDimension(label=",".join(joints), size=a, stride=a),
     ]
     return message
+
+
+def write_status(
+    name: str, values: Mapping[str, Any], level: bytes = DiagnosticStatus.OK, said: str = ""
+) -> DiagnosticStatus:  # fmt: skip
+    """How one part of a node is: level, one sentence, figures."""
+    return DiagnosticStatus(
+        name=name, hardware_id="vla_spec", level=level, message=said,
+        values=[KeyValue(key=k, value=str(v)) for k, v in values.items()],
+    )  # fmt: skip
+
+
+def write_statuses(statuses: Sequence[DiagnosticStatus], time_ns: int) -> DiagnosticArray:
+    """Several of them, as `status` and `/diagnostics` have it."""
+    message = DiagnosticArray(status=list(statuses))
+    message.header.stamp = to_stamp(time_ns)
+    return message
+
+
+def type_named(name: str) -> Any:
+    """The message class of ``std_msgs/msg/String``; None = its package is not installed here."""
+    package, _, short = name.split("/")
+    try:
+        return getattr(importlib.import_module(f"{package}.msg"), short)
+    except (ImportError, AttributeError):
+        return None
 
 
 def read_action(message: Float64MultiArray, size: int) -> Float32:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
 from rclpy.duration import Duration
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -35,10 +35,10 @@ from vla_spec.nodes._action_layout import ActionLayout
 from vla_spec.nodes._clock_watch import ClockWatch
 from vla_spec.nodes._main import run_node, wait_s
 from vla_spec.nodes._parameters import Parameter, declare, qos_parameters, qos_profile
+from vla_spec.nodes._qos import CHUNK
 from vla_spec.nodes._tick_statistics import TickStatistics
 from vla_spec.types import Float32, Provenance, Rung
 
-CHUNK = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, liveliness_lease_duration=Duration(seconds=0.5))
 COMMAND = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 
 PARAMETERS = (
@@ -390,13 +390,8 @@ class ActionNode(Node):
             level, said = DiagnosticStatus.ERROR, f"planner gone, holding ({self._gone})"
         elif buffer.holds_in_a_row:
             level, said = DiagnosticStatus.WARN, "holding"
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: actor", hardware_id="vla_spec", level=level, message=said,
-            values=[KeyValue(key=k, value=str(v)) for k, v in values.items()],
-        )  # fmt: skip
-        message = DiagnosticArray(status=[status])
-        message.header.stamp = self.get_clock().now().to_msg()
-        self._status.publish(message)
+        status = messages.write_status(f"{self.get_fully_qualified_name()}: actor", values, level, said)
+        self._status.publish(messages.write_statuses([status], self._now_ns()))
 
 
 def layout_and_space(values: dict[str, Any]) -> tuple[ActionLayout, ActionSpace]:

@@ -7,17 +7,17 @@ moment that it shows, not of the moment at which it was ready.
 from __future__ import annotations
 
 import time
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import Float64MultiArray
 
-from vla_spec import plugins
+from vla_spec.assemble import Assembler
 from vla_spec.config import resolve_choice
 from vla_spec.errors import BadConfig, BadObservation
 from vla_spec.nodes import _messages as messages
@@ -45,9 +45,7 @@ class CameraNode(Node):
         super().__init__("camera_node", **kwargs)
         values = declare(self, PARAMETERS)
         choice = resolve_choice("robot", values["robot"])
-        plugin = plugins.load("robot", choice.name)
-        options = {"task": values["task"]} if values["task"] else {}
-        self._robot: Any = plugin.build(plugin.options(**options), None)  # type: ignore[arg-type]
+        self._robot = cast(Any, Assembler().robot(choice, values["task"] or None))
         if not hasattr(self._robot, "show"):
             raise BadConfig(f"camera_node: robot {choice.name} can't show another one's state; valid: metaworld")
         self._least_ns = round(1e9 / values["rate_hz"]) if values["rate_hz"] > 0 else 0
@@ -94,13 +92,8 @@ class CameraNode(Node):
         counts = dict(self._counts)
         drawn = counts.pop("draw_ns") / max(counts["pictures"], 1) / 1e6
         values = {**counts, "draw_mean_ms": round(drawn, 3)}
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: cameras", hardware_id="vla_spec", level=DiagnosticStatus.OK,
-            values=[KeyValue(key=k, value=str(v)) for k, v in values.items()],
-        )  # fmt: skip
-        message = DiagnosticArray(status=[status])
-        message.header.stamp = self.get_clock().now().to_msg()
-        self._status.publish(message)
+        status = messages.write_status(f"{self.get_fully_qualified_name()}: cameras", values)
+        self._status.publish(messages.write_statuses([status], self.get_clock().now().nanoseconds))
 
     def finish(self) -> None:
         """The process ends."""

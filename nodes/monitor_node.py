@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, qos_profile_sensor_data
 from std_msgs.msg import Float64MultiArray, String
 
 from vla_spec.errors import BadObservation
@@ -24,6 +24,7 @@ from vla_spec.nodes import _messages as messages
 from vla_spec.nodes._bag import Bag
 from vla_spec.nodes._main import run_node
 from vla_spec.nodes._parameters import Parameter, declare
+from vla_spec.nodes._qos import HEAR_LATCHED
 from vla_spec.nodes._tick_statistics import TickStatistics
 from vla_spec.types import Rung
 
@@ -40,7 +41,6 @@ PARAMETERS = (
 PAUSE_NS = 500_000_000
 #: Chunks that statistics look back on.
 WINDOW = 512
-LATCHED = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR, DiagnosticStatus.STALE,
 )  # fmt: skip
@@ -115,8 +115,8 @@ class MonitorNode(Node):
             command_level, command_said = WARN, f"period error {commands['period_error_p99_ms']} ms, p99"
         name = self.get_fully_qualified_name()
         return [
-            _status(f"{name}: chunks", level, said, values),
-            _status(f"{name}: commands", command_level, command_said, commands),
+            messages.write_status(f"{name}: chunks", values, level, said),
+            messages.write_status(f"{name}: commands", commands, command_level, command_said),
         ]
 
     def _publish(self) -> None:
@@ -126,9 +126,8 @@ class MonitorNode(Node):
             if now_ns - heard_ns > self._values["stale_after_s"] * 1e9:
                 status.level, status.message = STALE, "says nothing any more"
             said.append(status)
-        message = DiagnosticArray(status=[*said, *self._own()])
-        message.header.stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(message)
+        now_ns = self.get_clock().now().nanoseconds
+        self._diagnostics.publish(messages.write_statuses([*said, *self._own()], now_ns))
 
     def _record_new_topics(self) -> None:
         """Subscribe to what is not recorded yet, with the quality of service of its first publisher."""
@@ -140,22 +139,17 @@ class MonitorNode(Node):
             publishers = self.get_publishers_info_by_topic(topic)
             if not publishers:
                 continue
-            package, _, name = types[0].split("/")
-            try:
-                kind = getattr(__import__(f"{package}.msg", fromlist=[name]), name)
-            except (ImportError, AttributeError):
-                continue  # its package is not installed here
+            kind = messages.type_named(types[0])
+            if kind is None:
+                continue
             try:
                 self._bag.add_topic(topic, types[0])
             except OSError as error:  # a type whose definition was not installed with it
                 self._recorded.add(topic)
                 self.get_logger().warning(f"{topic} is not recorded: no definition of {types[0]} ({error})")
                 continue
-            profile = (
-                LATCHED
-                if publishers[0].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
-                else (qos_profile_sensor_data)
-            )
+            is_latched = publishers[0].qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
+            profile = HEAR_LATCHED if is_latched else qos_profile_sensor_data
             self.create_subscription(
                 kind, topic, lambda data, topic=topic: self._record(topic, data), profile, raw=True
             )
@@ -170,13 +164,6 @@ class MonitorNode(Node):
         if self._bag is not None:
             self._bag.close()
             self._bag = None
-
-
-def _status(name: str, level: bytes, said: str, values: dict[str, Any]) -> DiagnosticStatus:
-    return DiagnosticStatus(
-        name=name, hardware_id="vla_spec", level=level, message=said,
-        values=[KeyValue(key=k, value=str(v)) for k, v in values.items()],
-    )  # fmt: skip
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
 from rclpy.duration import Duration
 from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
@@ -42,12 +42,11 @@ from vla_spec.nodes._main import run_node, wait_s
 from vla_spec.nodes._observation_slots import ObservationSlots
 from vla_spec.nodes._parameters import Parameter, declare, qos_parameters, qos_profile
 from vla_spec.nodes._plan_loop import PlanLoop, Planned
+from vla_spec.nodes._qos import CHUNK, LATCHED
 from vla_spec.types import Float32, Observation
 
 SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 GOAL = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
-CHUNK = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, liveliness_lease_duration=Duration(seconds=0.5))
 
 PARAMETERS = (
     Parameter("model", "models/metaworld", "model folder"),
@@ -538,13 +537,8 @@ class PolicyNode(LifecycleNode):
             level, said = DiagnosticStatus.ERROR, self._failure[:200]
         elif self._phase == "active":
             level, said = self._health(bool(window))
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: planner", hardware_id="vla_spec", level=level, message=said,
-            values=[KeyValue(key=k, value=str(v)) for k, v in values.items()],
-        )  # fmt: skip
-        message = DiagnosticArray(status=[status])
-        message.header.stamp = self.get_clock().now().to_msg()
-        self._status.publish(message)
+        status = messages.write_status(f"{self.get_fully_qualified_name()}: planner", values, level, said)
+        self._status.publish(messages.write_statuses([status], self.get_clock().now().nanoseconds))
 
     def _health(self, has_planned: bool) -> tuple[bytes, str]:
         """Level and sentence of a node that is active: what it waits for."""

@@ -15,13 +15,14 @@ from typing import Any, final
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.parameter import Parameter as RosParameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
 
 from vla_spec.errors import BadConfig, MissingDependency
 from vla_spec.nodes import _messages as messages
 from vla_spec.nodes._main import run_node, wait_s
 from vla_spec.nodes._parameters import Parameter, declare
+from vla_spec.nodes._qos import LATCHED
 
 PARAMETERS = (
     Parameter("bag", "", "MCAP file"),
@@ -30,7 +31,6 @@ PARAMETERS = (
     Parameter("loops", False, "begin again at the end; time jumps back"),
 )
 SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 TICK_S = 0.002
 #: What the middleware is given to send the last messages before the process ends [s].
 FLUSH_S = 0.1
@@ -83,12 +83,11 @@ class ReplayNode(Node):
         return self._is_over
 
     def _publisher(self, topic: str) -> Any:
-        package, _, name = self._types[topic].split("/")
-        try:
-            kind = getattr(__import__(f"{package}.msg", fromlist=[name]), name)
-        except (ImportError, AttributeError) as error:
-            raise BadConfig(f"replay_node: type {self._types[topic]} of {topic} is not installed here") from error
-        return self.create_publisher(kind, topic, LATCHED if name == "String" else SENSOR)
+        name = self._types[topic]
+        kind = messages.type_named(name)
+        if kind is None:
+            raise BadConfig(f"replay_node: type {name} of {topic} is not installed here")
+        return self.create_publisher(kind, topic, LATCHED if name.endswith("/String") else SENSOR)
 
     def _begin(self) -> None:
         self._messages: Iterator[Any] = self._reader.iter_messages(topics=self._played)

@@ -9,30 +9,30 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.parameter import Parameter as RosParameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
 
-from vla_spec import plugins
+from vla_spec.assemble import Assembler
 from vla_spec.clock import NS_PER_S
 from vla_spec.config import resolve_choice
 from vla_spec.errors import BadObservation
 from vla_spec.nodes import _messages as messages
 from vla_spec.nodes._main import run_node, wait_s
 from vla_spec.nodes._parameters import Parameter, declare, qos_parameters, qos_profile
+from vla_spec.nodes._qos import LATCHED
 from vla_spec.nodes._tick_statistics import TickStatistics
 
 SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 PARAMETERS = (
     Parameter("robot", "metaworld", "robot plugin"),
@@ -62,9 +62,7 @@ class SimNode(Node):
         self.set_parameters([RosParameter("use_sim_time", value=False)])
         values = self._values = declare(self, PARAMETERS)
         choice = resolve_choice("robot", values["robot"])
-        options = {"task": values["task"]} if values["task"] else {}
-        plugin = plugins.load("robot", choice.name)
-        self._robot: Any = plugin.build(plugin.options(**options), None)  # type: ignore[arg-type]
+        self._robot = cast(Any, Assembler().robot(choice, values["task"] or None))
         self._period_ns = round(self._robot.dt_s * NS_PER_S)
         self._seeds = [int(seed) for seed in values["seeds"]]
         self._time_ns = self._period_ns  # zero means "no time yet" in ROS
@@ -197,13 +195,8 @@ class SimNode(Node):
 
     def _publish_status(self) -> None:
         values = {**self._counts, **self._ticks.summary(), "episodes": len(self._outcomes)}
-        status = DiagnosticStatus(
-            name=f"{self.get_fully_qualified_name()}: simulator", hardware_id="vla_spec", level=DiagnosticStatus.OK,
-            values=[KeyValue(key=k, value=str(v)) for k, v in values.items()],
-        )  # fmt: skip
-        message = DiagnosticArray(status=[status])
-        message.header.stamp = messages.to_stamp(self._time_ns)
-        self._status.publish(message)
+        status = messages.write_status(f"{self.get_fully_qualified_name()}: simulator", values)
+        self._status.publish(messages.write_statuses([status], self._time_ns))
 
     def finish(self) -> None:
         """The process ends: actor and planner need not hold and wait for a world that is gone."""
