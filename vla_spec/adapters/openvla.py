@@ -17,7 +17,8 @@ import numpy as np
 
 from vla_spec import plugins
 from vla_spec.adapters._square_pictures import centre_crop, square
-from vla_spec.errors import BadConfig, BadModel, BadObservation, BadToken, MissingDependency, UnknownOption
+from vla_spec.adapters._tokens import inside_domain
+from vla_spec.errors import BadConfig, BadModel, BadObservation, MissingDependency, UnknownOption
 from vla_spec.interfaces import ActionTokenizer
 from vla_spec.types import EngineInputs, Float32, Int32, Observation, TokenDomain
 
@@ -99,13 +100,7 @@ class OpenVLAAdapter:
         Raises:
             BadToken: an id outside the domain, with its position.
         """
-        outside = (tokens < 0) | (tokens >= self._domain.vocab_size)
-        if outside.any():
-            where = int(outside.argmax())
-            raise BadToken(
-                f"action tokens: id {int(tokens[where])} at position {where}; valid: 0..{self._domain.vocab_size - 1}"
-            )
-        return self._tokenizer.decode(tokens)
+        return self._tokenizer.decode(inside_domain(tokens, self._domain))
 
     def example(self) -> Observation:
         """A grey picture and a short sentence."""

@@ -13,8 +13,9 @@ from typing import final
 
 import numpy as np
 
-from vla_spec.errors import BadConfig, BadObservation
+from vla_spec.errors import BadConfig
 from vla_spec.plugins import Parts
+from vla_spec.tokenizers._steps import checked_actions, whole_steps
 from vla_spec.types import Float32, Int32
 
 
@@ -74,11 +75,7 @@ class QuantileBins:
         Raises:
             BadObservation: an action is NaN or has the wrong number of degrees of freedom.
         """
-        values = np.asarray(actions, np.float64)
-        if values.ndim != 2 or values.shape[1] != len(self._low):
-            raise BadObservation("actions", f"of shape {values.shape}", f"[H, {len(self._low)}]")
-        if np.isnan(values).any():
-            raise BadObservation("actions", "NaN", "numbers")
+        values = checked_actions(actions, len(self._low))
         spread = self._high - self._low
         share = np.divide(values - self._low, spread, out=np.full_like(values, 0.5), where=spread > 0)
         normalised = np.clip(2 * share - 1, -1, 1)
@@ -88,8 +85,7 @@ class QuantileBins:
 
     def decode(self, tokens: Int32) -> Float32:
         """int32 [m] -> float32 [m // A, A]: whole steps only, a started step is left out."""
-        num_dofs = len(self._low)
-        whole = tokens[: len(tokens) // num_dofs * num_dofs].reshape(-1, num_dofs)  # [m // A, A]
+        whole = whole_steps(tokens, len(self._low))  # [m // A, A]
         normalised = self._centres[self._interval(whole)]
         return np.asarray(0.5 * (normalised + 1) * (self._high - self._low) + self._low, np.float32)
 

@@ -10,8 +10,9 @@ from typing import final
 
 import numpy as np
 
-from vla_spec.errors import BadConfig, BadObservation
+from vla_spec.errors import BadConfig
 from vla_spec.plugins import Parts
+from vla_spec.tokenizers._steps import checked_actions, whole_steps
 from vla_spec.types import Float32, Int32
 
 
@@ -64,19 +65,14 @@ class UniformBins:
         Raises:
             BadObservation: an action is NaN or has the wrong number of degrees of freedom.
         """
-        values = np.asarray(actions, np.float64)
-        if values.ndim != 2 or values.shape[1] != len(self._low):
-            raise BadObservation("actions", f"of shape {values.shape}", f"[H, {len(self._low)}]")
-        if np.isnan(values).any():
-            raise BadObservation("actions", "NaN", "numbers")
+        values = checked_actions(actions, len(self._low))
         inside = np.clip(values, self._low, self._high)
         bins = ((inside - self._low) / self._width).astype(np.int32)  # [H, A]
         return np.minimum(bins, self._vocab_size - 1).reshape(-1)
 
     def decode(self, tokens: Int32) -> Float32:
         """int32 [m] -> float32 [m // A, A]: whole steps only, a started step is left out."""
-        num_dofs = len(self._low)
-        whole = tokens[: len(tokens) // num_dofs * num_dofs].reshape(-1, num_dofs)  # [m // A, A]
+        whole = whole_steps(tokens, len(self._low))  # [m // A, A]
         return (self._low + (whole + 0.5) * self._width).astype(np.float32)
 
     def distance(self, token: Int32, other: Int32, position: Int32) -> Float32:
