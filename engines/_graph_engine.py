@@ -6,6 +6,7 @@ unless `commit` counts them in. A chain that is accepted from its root is thereb
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -92,9 +93,10 @@ class GraphEngine:
             has_inplace_kv=True, is_batch_invariant=runtime.is_batch_invariant,
         )  # fmt: skip
         if is_checked:
-            self._check_golden(model_dir / GOLDEN, golden_tolerance)
+            golden = read_golden(model_dir / GOLDEN)
+            self._check_golden(golden, model_dir / GOLDEN, golden_tolerance)
             if runtime.precision == "int8" and runtime.is_batch_invariant:
-                self._info = self._info._replace(is_batch_invariant=self._repeats_itself(model_dir / GOLDEN))
+                self._info = self._info._replace(is_batch_invariant=self._repeats_itself(golden))
 
     @property
     def info(self) -> EngineInfo:
@@ -244,11 +246,10 @@ class GraphEngine:
                 return tier
         raise BadModel(f"{n} rows are more than the largest that was built for ({tiers[-1]}); build larger tiers")
 
-    def _check_golden(self, path: Path, tolerance: float | None) -> None:
+    def _check_golden(self, golden: Mapping[str, Array], path: Path, tolerance: float | None) -> None:
         """Run the golden inputs through prefill, a chain and a tree, against what the reference computed."""
         if tolerance is None:
             tolerance = GOLDEN_TOLERANCE.get(self.runtime.precision, np.inf)
-        golden = read_golden(path)
         missing = [name for name in self._prompt.inputs if name not in golden]
         if missing:
             raise BadModel(f"{path}: has no {', '.join(missing)}, which the prompt graph reads; export the model again")
@@ -266,15 +267,13 @@ class GraphEngine:
                 f"most {tolerance:g} is accepted; the graphs and the weights don't belong together"
             )
 
-    def _repeats_itself(self, path: Path) -> bool:
+    def _repeats_itself(self, golden: Mapping[str, Array]) -> bool:
         """Whether tokens scored one by one are, to the bit, what one call says about them.
 
         In eight bits a rounding anywhere can move an activation by a whole step: what is not equal is not nearly equal.
         """
-        with np.load(path, allow_pickle=False) as golden:
-            inputs = {name: golden[name] for name in self._prompt.inputs}
-            tokens = np.resize(golden["chain_tokens"], min(PROOF_CALLS, self._max_step)).astype(np.int32)
-        self.prefill(inputs)
+        tokens = np.resize(golden["chain_tokens"], min(PROOF_CALLS, self._max_step)).astype(np.int32)
+        self.prefill({name: golden[name] for name in self._prompt.inputs})
         at_once = self.step(tokens, self._chain[: len(tokens)]).logits.copy()
         for i in range(len(tokens)):
             if not np.array_equal(self.step(tokens[i : i + 1], self._chain[:1]).logits[0], at_once[i]):

@@ -48,17 +48,21 @@ class GraphWriter:
         lengths = self.constant(f"sizes_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
         self.nodes.append(helper.make_node("Split", [value, lengths], outputs, name=outputs[0], axis=axis))
 
+    def is_first(self, name: str) -> bool:
+        """True once per name: what is named so has to be made now."""
+        is_new = name not in self._known
+        self._known.add(name)
+        return is_new
+
     def constant(self, name: str, value: Any) -> str:
         """A small array inside the graph, once per name."""
-        if name not in self._known:
-            self._known.add(name)
+        if self.is_first(name):
             self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
     def float_constant(self, name: str, value: Any) -> str:
         """The same, in the graph's precision."""
-        if name not in self._known:
-            self._known.add(name)
+        if self.is_first(name):
             array = np.asarray(value, np.float32)
             self.initializers.append(
                 helper.make_tensor(name, self.type, array.shape, array.reshape(-1).tolist())
@@ -228,16 +232,11 @@ def _norm(writer: GraphWriter, spec: DecoderSpec, name: str, x: str) -> str:
 def _rotate(writer: GraphWriter, spec: DecoderSpec, x: str, output: str) -> str:
     """Rotary positions, halves (not pairs) turned against each other, as Llama does."""
     assert spec.rope_theta is not None
-    half = spec.head_width // 2
-    angle = np.arange(spec.rows)[:, None] * spec.rope_theta ** (-np.arange(half) / half)[None]
-    cosine = writer.float_constant("rope.cosine", np.cos(angle))
-    sine = writer.float_constant("rope.sine", np.sin(angle))
-    return writer.node("RotaryEmbedding", [x, cosine, sine, _batched_position(writer)], output)
-
-
-def _batched_position(writer: GraphWriter) -> str:
-    """Positions [k] as [1, k], once per graph."""
-    name = "position.batched"
-    if name not in {node.name for node in writer.nodes if node.op_type == "Unsqueeze"}:
-        writer.node("Unsqueeze", ["position", writer.constant("axis_0", np.array([0], np.int64))], name)
-    return name
+    if writer.is_first("rope"):
+        half = spec.head_width // 2
+        angle = np.arange(spec.rows)[:, None] * spec.rope_theta ** (-np.arange(half) / half)[None]
+        writer.float_constant("rope.cosine", np.cos(angle))
+        writer.float_constant("rope.sine", np.sin(angle))
+        axis = writer.constant("axis_0", np.array([0], np.int64))
+        writer.node("Unsqueeze", ["position", axis], "position.batched")  # [1, k]
+    return writer.node("RotaryEmbedding", [x, "rope.cosine", "rope.sine", "position.batched"], output)
